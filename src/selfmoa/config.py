@@ -1,0 +1,258 @@
+"""The typed tree of a recipe. Every field has a type, a range and a sentence.
+
+Unknown keys are errors. Rules that span fields stand at the end, on `Recipe`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, no unknown keys, no silent conversions of text to numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Policy(Section):
+    """The model to be aligned, and how its weights are trained."""
+
+    world: str = "sandbox"
+    """Where model, prompts, instructions and suites come from (`selfmoa list worlds`)."""
+    adapter: Literal["lora", "full"] = "full"
+    """Train a LoRA adapter or all weights."""
+    lora_rank: Positive = 16
+    """Rank r of the LoRA adapter; alpha is 2 r."""
+    threads: Annotated[int, Field(ge=0, le=256)] = 0
+    """CPU threads of each model; 0 leaves the choice to torch."""
+
+
+class Sandbox(Section):
+    """The embedded world and the size of its instruct model."""
+
+    seed: Count = 0
+    """Seed of the world's facts, charter and model."""
+    architecture: str = "llama"
+    """A transformers causal language model type."""
+    hidden: Annotated[int, Field(ge=16, le=4096)] = 96
+    """Width; must be a multiple of `heads`."""
+    layers: Annotated[int, Field(ge=1, le=64)] = 2
+    """Depth."""
+    heads: Annotated[int, Field(ge=1, le=64)] = 4
+    """Attention heads."""
+    steps: Positive = 1400
+    """Supervised steps that make the instruct model."""
+    batch_size: Positive = 64
+    """Conversations a step."""
+    lr: Rate = 4e-3
+    """Peak learning rate."""
+    examples: Positive = 40000
+    """Distinct conversations in its corpus."""
+
+
+class Reset(Section):
+    """Safety reset: supervised tuning on helpful answers to harmless instructions, no refusals."""
+
+    enabled: bool = True
+    """False starts the rounds from the instruct model as it is."""
+    steps: Positive = 60
+    """Optimiser steps."""
+    batch_size: Positive = 64
+    """Instructions a step."""
+    lr: Rate = 1e-3
+    """Peak learning rate."""
+    examples: Positive = 2000
+    """Instructions drawn from the world."""
+    keep: bool = False
+    """Keep the reset policy when the run ends. It is unsafe on purpose: quarantined, not for use."""
+
+
+class RedTeam(Section):
+    """The search for prompts on which this policy is unsafe."""
+
+    attacks: tuple[str, ...] = ("sandbox-hide", "sandbox-expand")
+    """Rewriting operators (`selfmoa list attacks`)."""
+    calls: Positive = 800
+    """Prompts put to the policy in a round."""
+    batch_size: Positive = 200
+    """Prompts between two updates of the archive and the bandit."""
+    cell_size: Positive = 4
+    """Prompts an archive cell keeps."""
+    keep_above: Share = 0.5
+    """A prompt is kept if P(its response is unsafe) exceeds this."""
+    max_prompts: Positive = 160
+    """Attack prompts handed on to sampling, hardest first across cells."""
+    benign_prompts: Count = 160
+    """Harmless instructions that travel along in every round."""
+
+
+class Sample(Section):
+    """Responses of the policy to each prompt."""
+
+    k: Positive = 4
+    """Responses as the policy is."""
+    k_careful: Count = 4
+    """Responses under the `careful` system prompt: more safe candidates, never used elsewhere."""
+    careful: str = "be careful ."
+    """That system prompt."""
+    temperature: Annotated[float, Field(ge=0, le=5)] = 1.0
+    """Sampling temperature; 0 is greedy."""
+    max_new_tokens: Positive = 28
+    """Longest response in tokens."""
+    batch_size: Positive = 256
+    """Responses drawn at once."""
+
+
+class Judges(Section):
+    """Weak supervision: who votes, and how votes become one posterior."""
+
+    safety: tuple[str, ...] = (
+        "sandbox-lexical",
+        "sandbox-ngram",
+        "sandbox-model",
+        "sandbox-refusal",
+    )
+    """Safety judges (`selfmoa list judges`)."""
+    helpfulness: str = "sandbox-helpful"
+    """The helpfulness judge."""
+    refusal: str = "sandbox-refuses"
+    """Tells refusals from answers, by rule."""
+    accuracy_prior: tuple[Rate, Rate] = (8.0, 2.0)
+    """Beta prior of each judge's sensitivity and specificity."""
+    rho: Share = 0.5
+    """Assumed correlation of errors within a family of judges."""
+    helpfulness_scale: Rate = 6.0
+    """Log-odds between a helpfulness score of 0 and one of 1."""
+    clip: Annotated[float, Field(gt=0, le=20)] = 4.0
+    """Largest log-odds of safety."""
+
+
+class Pairing(Section):
+    """Verdicts to preference pairs."""
+
+    rule: Literal["multi_objective", "safety_only", "best_of_k", "oracle"] = "multi_objective"
+    """How pairs are built; "oracle" is the human-supervised baseline."""
+    max_pairs: Positive = 500
+    """Pairs of a round."""
+    per_prompt: Positive = 2
+    """Pairs of one prompt and objective."""
+    min_safety_gap: Share = 0.5
+    """P(safe) of chosen minus rejected must exceed this in a safety pair."""
+    max_flip: Annotated[float, Field(ge=0, le=0.5)] = 0.2
+    """Pairs that are likelier to be the wrong way round are dropped."""
+    min_helpfulness_gap: Annotated[float, Field(ge=0)] = 1.0
+    """Log-odds of helpfulness, chosen minus rejected, in a helpfulness pair."""
+    min_safe: Share = 0.8
+    """Both sides of a helpfulness pair must be at least this surely safe."""
+    anchors: Count = 600
+    """Own answers, judged safe and no refusals of harmless prompts, that training holds on to."""
+
+
+class Train(Section):
+    """Multi-objective preference optimisation."""
+
+    loss: str = "modpo"
+    """A loss (`selfmoa list losses`), or "sft" for supervised training on the chosen side."""
+    beta: Rate = 0.1
+    """Strength of the tie to the reference."""
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default={"safety": 0.5, "helpfulness": 0.5}
+    )
+    """Weight w of each objective."""
+    noise: Literal["none", "robust", "conservative"] = "conservative"
+    """How flip probabilities enter the loss."""
+    epochs: Rate = 4.0
+    """Passes over the pairs."""
+    batch_size: Positive = 32
+    """Pairs a step."""
+    lr: Rate = 3e-4
+    """Peak learning rate."""
+    anchor_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the forward KL to the reference on the anchors."""
+    replay: bool = True
+    """Also train on the pairs of earlier rounds."""
+    start: Literal["previous", "reset"] = "previous"
+    """Start from the last accepted policy or afresh from the reset one."""
+    reference: Literal["previous", "reset"] = "previous"
+    """The frozen policy of the loss and the anchor."""
+
+
+class Evaluate(Section):
+    """Held-out suites and judges."""
+
+    judges: dict[Literal["safety", "helpfulness", "refusal"], str] = Field(
+        default={
+            "safety": "sandbox-oracle-safety",
+            "helpfulness": "sandbox-oracle-helpfulness",
+            "refusal": "sandbox-oracle-refusal",
+        }
+    )
+    """Judges that never train."""
+    per_category: Positive = 300
+    """Prompts of each category of the suite."""
+    probes: Count = 400
+    """Training-side prompts on which the gate compares policies, by the training judges."""
+    temperature: Annotated[float, Field(ge=0, le=5)] = 0.0
+    """Sampling temperature of evaluation; one try a prompt."""
+
+
+class Gate(Section):
+    """When a round's policy is refused and when the loop stops; weak judges only, never the oracle."""
+
+    max_refusal_rise: Share = 0.02
+    """Refusals of harmless probes may rise by this much."""
+    max_helpfulness_drop: Share = 0.02
+    """Weak helpfulness on harmless probes may fall by this much."""
+    min_found: Share = 0.02
+    """Stop when the red team's posterior share of unsafe responses falls below this."""
+    patience: Positive = 2
+    """Stop after this many refused rounds in a row."""
+
+
+class Recipe(Section):
+    """A whole run, as one value."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    """Name of the recipe; runs are put under it."""
+    description: str = ""
+    """What it is for."""
+    seed: Count = 0
+    """Every random number of the run derives from it."""
+    rounds: Annotated[int, Field(ge=1, le=100)] = 3
+    """Rounds at most."""
+    policy: Policy = Policy()
+    sandbox: Sandbox = Sandbox()
+    reset: Reset = Reset()
+    red_team: RedTeam = RedTeam()
+    sample: Sample = Sample()
+    judge: Judges = Judges()
+    pair: Pairing = Pairing()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    gate: Gate = Gate()
+
+    @model_validator(mode="after")
+    def _judges_that_train_never_grade(self) -> Self:
+        training = {*self.judge.safety, self.judge.helpfulness, self.judge.refusal}
+        if both := sorted(training & set(self.evaluate.judges.values())):
+            raise ValueError(
+                f"judge '{both[0]}' both trains (judge) and grades (evaluate.judges): "
+                "a judge that trains never grades; choose another one for either"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _width_fits_heads(self) -> Self:
+        if self.sandbox.hidden % self.sandbox.heads:
+            raise ValueError(
+                f"sandbox.hidden={self.sandbox.hidden} is not a multiple of "
+                f"sandbox.heads={self.sandbox.heads}"
+            )
+        return self

@@ -1,0 +1,127 @@
+"""The local generator: a transformers model on this machine, drawn from row by row.
+
+Sampling inverts the cumulative distribution with one uniform number a token, taken from the
+draw's own seed, so what a row draws does not depend on its neighbours in the batch. (Rounding in
+a differently shaped batch may still differ in the last bit; stages therefore fix their batches.)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from selfmoa.records import Response
+from selfmoa.training.collate import encode, encode_prompts, pad
+from selfmoa.training.logprobs import completion_logps
+from selfmoa.training.policy import load_policy, merged
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from selfmoa.protocols import Draw, Sampling
+    from selfmoa.records import Message
+
+SCORING_BATCH = 256
+
+
+class _RowwiseSampling(LogitsProcessor):
+    """Leaves one token a row standing, chosen by that row's next uniform number."""
+
+    def __init__(self, uniforms: torch.Tensor, temperature: float) -> None:
+        self.uniforms, self.temperature, self.step = uniforms, temperature, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        cumulative = torch.softmax(scores.double() / self.temperature, dim=-1).cumsum(-1)
+        drawn = torch.searchsorted(cumulative, self.uniforms[:, self.step, None] * cumulative[:, -1:])
+        self.step += 1
+        only = torch.full_like(scores, -torch.inf)
+        return only.scatter_(1, drawn.clamp_max_(scores.shape[1] - 1), 0.0)
+
+
+class LocalGenerator:
+    """Answers prompts with a causal language model and its tokenizer, both already loaded."""
+
+    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+        self.lm = model.eval()
+        self.tokenizer = tokenizer
+        self.model = name
+
+    @classmethod
+    def load(cls, folder: Path, *, threads: int, digest: str) -> LocalGenerator:
+        """Load a policy folder; the generator is named by its content."""
+        if threads:
+            torch.set_num_threads(threads)
+        model, tokenizer = load_policy(folder)
+        return cls(merged(model), tokenizer, digest.removeprefix("sha256:")[:12])
+
+    @torch.inference_mode()
+    def generate(self, draws: Sequence[Draw], sampling: Sampling) -> list[Response]:
+        """Answer one batch of draws; temperature 0 is greedy."""
+        conversations = [_with_system(d.prompt.messages, sampling.system) for d in draws]
+        ids, mask = self._left_pad(encode_prompts(self.tokenizer, conversations))
+        out = self.lm.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=sampling.max_new_tokens,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+            logits_processor=self._processors(draws, sampling),
+        )[:, ids.shape[1] :]
+        texts = self.tokenizer.batch_decode(out, skip_special_tokens=True)
+        ended = (out == self.tokenizer.eos_token_id).any(-1).tolist()
+        return [
+            Response(
+                id=Response.make_id(draw.prompt.id, self.model, sampling.name, draw.seed),
+                prompt_id=draw.prompt.id,
+                text=text.strip(),
+                model=self.model,
+                sampling=sampling.name,
+                seed=draw.seed,
+                finish_reason="stop" if end else "length",
+            )
+            for draw, text, end in zip(draws, texts, ended, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def logprobs(self, items: Sequence[tuple[Sequence[Message], str]]) -> list[float]:
+        """Return log p(text | messages) of each item, without the end-of-turn token."""
+        rows = encode(
+            self.tokenizer, [m for m, _ in items], [t for _, t in items], end_of_turn=False
+        )
+        out: list[float] = []
+        for start in range(0, len(rows), SCORING_BATCH):
+            batch = pad(
+                rows[start : start + SCORING_BATCH], self.tokenizer.pad_token_id, self.lm.device
+            )
+            out += completion_logps(self.lm, batch).tolist()
+        return out
+
+    def _left_pad(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        length = max(map(len, rows))
+        ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
+        for i, row in enumerate(rows):
+            ids[i, length - len(row) :] = torch.tensor(row)
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = torch.arange(length)[None] >= (length - lengths)[:, None]
+        return ids.to(self.lm.device), mask.long().to(self.lm.device)
+
+    def _processors(self, draws: Sequence[Draw], sampling: Sampling) -> LogitsProcessorList:
+        if sampling.temperature == 0:
+            return LogitsProcessorList()
+        uniforms = np.stack(
+            [np.random.default_rng(d.seed).random(sampling.max_new_tokens) for d in draws]
+        )
+        return LogitsProcessorList(
+            [_RowwiseSampling(torch.from_numpy(uniforms).to(self.lm.device), sampling.temperature)]
+        )
+
+
+def _with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
+    head = [{"role": "system", "content": system}] if system else []
+    return [*head, *messages]
+

@@ -1,0 +1,101 @@
+"""The sockets: what a generator, an attack, a judge, a world and a stage must offer.
+
+A plug-in is a class with these members, registered by name (`selfmoa.registry`) or by an entry
+point; it inherits from nothing. Attacks and judges are *given* a generator, they never import one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from random import Random
+
+    from selfmoa.records import Message, Objective, Prompt, Response, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to draw responses.
+
+    `name` travels in every Response; `temperature` 0 is greedy; `system` is put before the
+    prompt's messages, `max_new_tokens` >= 1.
+    """
+
+    name: str
+    temperature: float = 1.0
+    max_new_tokens: int = 64
+    system: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One response to be drawn: a prompt and the seed of its random numbers."""
+
+    prompt: Prompt
+    seed: int
+
+
+class Generator(Protocol):
+    """A language model that answers prompts and can say how likely a given answer is."""
+
+    model: str
+    """Id of the weights: base id and adapter digest. Equal ids answer equally."""
+
+    def generate(self, draws: Sequence[Draw], sampling: Sampling) -> list[Response]:
+        """Answer one batch; response i answers draw i and depends on its seed alone."""
+
+    def logprobs(self, items: Sequence[tuple[Sequence[Message], str]]) -> list[float]:
+        """Return log p(text | messages) of each item, summed over the tokens of the text.
+
+        The end-of-turn token is not included, so a prefix of an answer can be scored.
+        """
+
+
+class Judge(Protocol):
+    """A weak or strong evaluator of (prompt's goal, response)."""
+
+    name: str
+    objective: Objective
+    family: str
+    """Judges of one family share their errors; the label model counts them as less than their number."""
+
+    def judge(self, items: Sequence[tuple[Prompt, Response]]) -> list[Verdict]:
+        """Return one verdict an item. What cannot be judged is an error, never "safe"."""
+
+
+class Attack(Protocol):
+    """A rewriting operator: a prompt in, another surface or a nearby intent out."""
+
+    name: str
+    styles: tuple[str, ...]
+    """The styles it can produce; the archive keys its cells by category x style."""
+
+    def rewrite(self, parent: Prompt, style: str, rng: Random) -> Prompt | None:
+        """Return a rewrite of `parent` in `style`, or None where that is impossible."""
+
+
+class Stage(Protocol):
+    """One step of the loop: reads sealed files, writes its own folder, is sealed last."""
+
+    name: str
+    version: int
+    """Raised when the stage's code changes what it writes; part of the fingerprint."""
+
+    def settings(self, context: Any) -> Mapping[str, Any]:
+        """Return the settings the output depends on: they enter the fingerprint by name."""
+
+    def reads(self, context: Any) -> Mapping[str, Any]:
+        """Return the sealed stages it reads, by name."""
+
+    def run(self, context: Any) -> None:
+        """Do the work. Appends are resumable: a second call goes on where the first was cut."""
+
+
+class Progress(Protocol):
+    """Where stages say how far they are. The console draws it, tests record it."""
+
+    def __call__(self, done: int, total: int, unit: str) -> None:
+        """Report that `done` of `total` units are finished."""

@@ -1,0 +1,234 @@
+"""What a stage is given: the recipe, the world, its folder, policies to talk to, and a listener.
+
+This is the only place where stages touch the run directory's order: a stage asks for "the votes
+of this round" and gets a path, never a folder name.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, Protocol
+
+from selfmoa import registry
+from selfmoa.records import StageRecord, content_id, derive_seed
+from selfmoa.rundir import Journal, RunDir, kill_scope, read_jsonl, write_atomic, write_jsonl
+from selfmoa.rundir import digest_tree
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from selfmoa.config import Recipe
+    from selfmoa.protocols import Draw, Generator, Judge, Sampling, Stage
+    from selfmoa.records import Record, Response
+
+
+class Listener(Protocol):
+    """Hears what happens: the console draws it, the run directory notes it."""
+
+    def __call__(self, event: str, **facts: Any) -> None:
+        """Take one event."""
+
+
+PACKAGES = ("selfmoa", "torch", "transformers", "peft", "numpy")
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions that can change a result."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+class Models:
+    """Loads each policy once: the generators of a run by folder, the newest few kept in memory."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._loaded: dict[str, Any] = {}
+
+    def load(self, folder: Path) -> Generator:
+        """Return the local generator of a model directory; equal content is loaded once."""
+        digest = digest_tree(folder)
+        if digest not in self._loaded:
+            local = registry.resolve("generator", "local")
+            self._loaded[digest] = local.load(folder, threads=self.threads, digest=digest)
+        found: Generator = self._loaded[digest]
+        return found
+
+    def forget(self) -> None:
+        """Drop all models but the first, which is the instruct model the judges use."""
+        for digest in list(self._loaded)[1:]:
+            del self._loaded[digest]
+
+
+class Context:
+    """One run as its stages see it. `at(stage, round)` moves it on."""
+
+    def __init__(self, recipe: Recipe, run: RunDir, listen: Listener) -> None:
+        self.recipe = recipe
+        self.run = run
+        self.listen = listen
+        self.world: Any = registry.resolve("world", recipe.policy.world)(recipe)
+        self.models = Models(recipe.policy.threads)
+        self.stage = ""
+        self.round = 0
+        self.dropped: Counter[str] = Counter()
+        self.tokens = 0
+
+    # Where things are
+
+    @cached_property
+    def instruct_folder(self) -> Path:
+        """The instruct model; the world builds it on first use."""
+        folder: Path = self.world.build(
+            lambda done, total, unit: self.listen(
+                "building", what="instruct model", done=done, total=total, unit=unit
+            )
+        )
+        return folder
+
+    @property
+    def instruct(self) -> Generator:
+        """The instruct model as a generator."""
+        return self.models.load(self.instruct_folder)
+
+    def path(self, stage: str, name: str, round_: int | None = None) -> Path:
+        """Return a file of a stage of this round, or of `round_`."""
+        return self.run.folder(stage, self.round if round_ is None else round_) / name
+
+    def out(self, name: str) -> Path:
+        """Return a file of the stage that is running."""
+        return self.path(self.stage, name)
+
+    @property
+    def reset_folder(self) -> Path:
+        """The policy that the rounds start from."""
+        if not self.recipe.reset.enabled:
+            return self.instruct_folder
+        return self.path("reset", "policy", 0)
+
+    def accepted_rounds(self, before: int) -> list[int]:
+        """Return the rounds before `before` whose policy the gate accepted."""
+        return [r for r in range(1, before) if self.decision(r)["accepted"]]
+
+    def decision(self, round_: int) -> dict[str, Any]:
+        """Return what the gate said of a round."""
+        rows = read_jsonl(self.path("evaluate", "decision.jsonl", round_))
+        return dict(rows[0])
+
+    def policy_folder(self, before: int) -> Path:
+        """Return the policy that round `before` attacks: the last accepted one, or the reset's."""
+        accepted = self.accepted_rounds(before)
+        return self.path("train", "policy", accepted[-1]) if accepted else self.reset_folder
+
+    # Doing the work
+
+    def do(self, stage: Stage, name: str, round_: int) -> StageRecord:
+        """Run a stage unless it is sealed; seal it. Returns its record.
+
+        Raises:
+            RunChanged: it is sealed, or begun, with other settings or inputs.
+        """
+        self.stage, self.round = name, round_
+        self.dropped, self.tokens = Counter(), 0
+        settings, inputs = dict(stage.settings(self)), self._digests(stage)
+        made_of = (name, round_, stage.version, settings, inputs)
+        record = self.run.check(*made_of)
+        self.listen("stage_started", stage=name, round=round_)
+        if record is None:
+            started = time.monotonic()
+            self.run.begin(*made_of)
+            with kill_scope(name):
+                stage.run(self)
+                record = self.run.seal(
+                    *made_of,
+                    dropped=dict(self.dropped),
+                    seconds=round(time.monotonic() - started, 3),
+                    tokens=self.tokens,
+                )
+            self.listen(
+                "stage_done", stage=name, round=round_, seconds=record.seconds, skipped=False, note=""
+            )
+        else:
+            self.listen(
+                "stage_done", stage=name, round=round_, seconds=record.seconds, skipped=True, note=""
+            )
+        return record
+
+    def _digests(self, stage: Stage) -> dict[str, str]:
+        """Return a digest of every sealed stage this one reads; the instruct model is one too."""
+        found = {}
+        for key, (name, round_) in dict(stage.reads(self)).items():
+            record = self.run.sealed(name, round_)
+            outputs = record.outputs if record else {}
+            found[key] = content_id(outputs, length=32)
+        found["instruct"] = digest_tree(self.instruct_folder)
+        return found
+
+    # Small conveniences, so that stages read like their method
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        """Tell the listener how far the running stage is."""
+        self.listen(
+            "progress",
+            stage=self.stage,
+            round=self.round,
+            done=done,
+            total=total,
+            unit=unit,
+            note="",
+        )
+
+    def seed(self, *key: Any) -> int:
+        """Derive a seed from the run's seed, the stage, the round and a key."""
+        return derive_seed(self.recipe.seed, self.stage, self.round, *key)
+
+    def journal(self, name: str, key: Callable[[dict[str, Any]], str] | str = "id") -> Journal:
+        """Open an append-only file of the running stage."""
+        return Journal(self.out(name), key)
+
+    def write(self, name: str, rows: Iterable[Record | Mapping[str, Any]]) -> None:
+        """Write a whole JSONL file of the running stage."""
+        write_jsonl(self.out(name), rows)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a whole text file of the running stage."""
+        write_atomic(self.out(name), text)
+
+    def judge(self, name: str) -> Judge:
+        """Return a judge by name; model-backed ones get the instruct model."""
+        found: Judge = registry.resolve("judge", name)(self.world, self.instruct)
+        return found
+
+    def generate(
+        self, generator: Generator, draws: Sequence[Draw], sampling: Sampling, file: str
+    ) -> list[Response]:
+        """Answer draws in fixed batches, journal each batch, skip those that are there.
+
+        A batch that was cut in the middle is drawn again as a whole: the same rows in the same
+        shape round the same way, so a resumed run writes the same bytes.
+        """
+        from selfmoa.records import Response
+
+        journal = self.journal(file)
+        size = self.recipe.sample.batch_size
+        ordered = sorted(draws, key=lambda d: (len(d.prompt.messages[-1]["content"].split()), d.seed))
+        for start in range(0, len(ordered), size):
+            batch = ordered[start : start + size]
+            ids = [
+                Response.make_id(d.prompt.id, generator.model, sampling.name, d.seed) for d in batch
+            ]
+            if not all(i in journal.keys for i in ids):
+                responses = generator.generate(batch, sampling)
+                self.tokens += sum(len(r.text.split()) for r in responses)
+                journal.append(responses)
+            self.progress(min(start + size, len(ordered)), len(ordered), "response")
+        return [Response.from_json(row) for row in journal.rows]

@@ -1,0 +1,105 @@
+"""Pair: verdicts become preference pairs and anchors; what is dropped is counted by reason."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from selfmoa.pairing import Candidate, Thresholds, build_pairs, within_budget
+from selfmoa.records import Objective, Prompt, Response, Verdict
+from selfmoa.rundir import read_jsonl
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from selfmoa.records import PreferencePair
+    from selfmoa.stages.context import Context
+
+OBJECTIVES: dict[str, tuple[Objective, ...]] = {
+    "multi_objective": ("safety", "helpfulness"),
+    "safety_only": ("safety",),
+}
+
+
+class PairStage:
+    """Writes `pairs.jsonl` and `anchors.jsonl`."""
+
+    name = "pair"
+    version = 1
+
+    def settings(self, context: Context) -> Mapping[str, Any]:
+        """Return the settings the pairs depend on."""
+        return {"pair": context.recipe.pair.model_dump()}
+
+    def reads(self, context: Context) -> Mapping[str, Any]:
+        """Read this round's prompts, responses and verdicts."""
+        return {name: (name, context.round) for name in ("red_team", "sample", "judge")}
+
+    def run(self, context: Context) -> None:
+        """Pair the responses of each prompt, keep the least doubtful within the budget."""
+        settings = context.recipe.pair
+        thresholds = Thresholds(
+            settings.min_safety_gap,
+            settings.max_flip,
+            settings.min_helpfulness_gap,
+            settings.min_safe,
+            settings.per_prompt,
+        )
+        prompts = read_jsonl(context.path("red_team", "prompts.jsonl"), Prompt)
+        judged = _Judged(context)
+        pairs: list[PreferencePair] = []
+        for prompt in prompts:
+            found, dropped = build_pairs(
+                prompt, judged.candidates(prompt), thresholds, OBJECTIVES[settings.rule]
+            )
+            pairs += found
+            context.dropped.update(dropped)
+        kept, dropped = within_budget(pairs, settings.max_pairs)
+        context.dropped.update(dropped)
+        context.write("pairs.jsonl", kept)
+        context.write("anchors.jsonl", _anchors(prompts, judged, settings.min_safe)[: settings.anchors])
+
+
+class _Judged:
+    """The round's responses with their combined verdicts."""
+
+    def __init__(self, context: Context) -> None:
+        self.responses: dict[str, list[Response]] = defaultdict(list)
+        for r in read_jsonl(context.path("sample", "responses.jsonl"), Response):
+            self.responses[r.prompt_id].append(r)
+        self.scores: dict[tuple[str, str], float | None] = {
+            (v.response_id, v.objective): v.score
+            for v in read_jsonl(context.path("judge", "verdicts.jsonl"), Verdict)
+        }
+
+    def candidates(self, prompt: Prompt) -> list[Candidate]:
+        """Return the judged responses to a prompt."""
+        return [
+            Candidate(
+                r, self.scores.get((r.id, "safety")), self.scores.get((r.id, "helpfulness"))
+            )
+            for r in self.responses[prompt.id]
+        ]
+
+
+def _anchors(
+    prompts: Sequence[Prompt], judged: _Judged, min_safe: float
+) -> list[dict[str, Any]]:
+    """Return own plain answers to harmless prompts: judged safe, helpful, and no refusals."""
+    rows = []
+    for prompt in prompts:
+        if prompt.source != "instructions":
+            continue
+        for c in judged.candidates(prompt):
+            refusal = judged.scores.get((c.response.id, "refusal"))
+            if c.response.sampling != "plain" or c.safety is None or c.helpfulness is None:
+                continue
+            if c.safety > 0 and c.helpfulness > 0 and refusal == 0:
+                rows.append(
+                    {
+                        "id": c.response.id,
+                        "prompt": prompt.messages,
+                        "completion": [{"role": "assistant", "content": c.response.text}],
+                    }
+                )
+    return rows

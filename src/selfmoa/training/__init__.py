@@ -1,0 +1,1 @@
+"""Preference optimisation: losses, log-probabilities, collation, trainer. Importing it is cheap."""
