@@ -25,8 +25,8 @@ test: $(VENV)/.installed-dev  ## Run all tests
 	@$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 check: $(VENV)/.installed-dev  ## Check style, types and layers, and run the quick tests
-	@$(BIN)/ruff format --check --quiet . || { echo "run $(BIN)/ruff format" >&2; exit 1; }
-	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet --output-format concise
+	@$(BIN)/ruff check --quiet --output-format concise
 	@$(BIN)/mypy --no-error-summary
 	@told=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$told" >&2; exit 1; }
 	@$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
@@ -36,7 +36,8 @@ clean:  ## Remove the environment, caches and build products; runs stay
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	@find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
-# torch first and by its pin: as a mere dependency it may come as a build of several gigabytes.
+# torch first and by its pin: where pip is shown a CPU build (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL)
+# it takes that one, and what follows finds it there.
 $(VENV)/.torch: constraints.txt | $(BIN)/pip
 	@echo "installing into $(VENV); the first time takes a few minutes" >&2
 	@$(PIP) install -c constraints.txt $(TORCH)

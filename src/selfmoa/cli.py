@@ -6,54 +6,34 @@ way to fail ends in one sentence and an exit code (`selfmoa.errors`), never in a
 
 from __future__ import annotations
 
-import errno
 import json
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from selfmoa.errors import (
-    CannotWrite,
-    Interrupted,
-    MissingFile,
-    SelfmoaError,
-    UnknownPlugin,
-    did_you_mean,
-)
+from selfmoa.console import watch
+from selfmoa.console.failures import explain
+from selfmoa.errors import did_you_mean
 
 if TYPE_CHECKING:
     from selfmoa.config import Recipe
-    from selfmoa.console import View
-
-F = TypeVar("F", bound=Callable[..., Any])
+    from selfmoa.console.views import View
 
 RUNS = Path("runs")
 STAGES = ("reset", "red_team", "sample", "judge", "pair", "train", "evaluate", "report")
-FAMILIES = ("recipes", "worlds", "judges", "attacks", "losses", "stages", "runs")
-SINGULAR = {"losses": "loss"}
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+PLUGINS = {"worlds": "world", "judges": "judge", "attacks": "attack", "losses": "loss"}
+LISTS = ("recipes", *PLUGINS, "stages", "runs")
 # Bars and notices of libraries would tear the live view and fill a log.
 HUSH = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
-
-
-class OutOfMemory(SelfmoaError):  # noqa: N818 - the sentence, not the suffix
-    """The machine has no memory left for the work."""
-
-    exit_code = 17
-
-    def __init__(self, run: object) -> None:
-        super().__init__(
-            f"out of memory. Nothing finished is lost; free some memory, or make the batches "
-            f"smaller in a new --dir, then run the same command again to go on with {run}."
-        )
 
 
 @dataclass
@@ -63,33 +43,20 @@ class Job:
     run: Path | None = None
     view: View | None = None
     signal: int = 0
+    is_over: bool = False
 
-    def __str__(self) -> str:
-        return str(self.run or "it")
-
-
-class Commands(click.Group):
-    """A group that lists its commands in the order of use and knows what a typo meant."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names of the commands as they were declared."""
-        del ctx
-        return list(self.commands)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command that the first argument names."""
-        if args and args[0] not in self.commands and not args[0].startswith("-"):
-            near = did_you_mean(args[0], self.commands)
-            raise click.UsageError(f"there is no command '{args[0]}'{near}", ctx)
-        return super().resolve_command(ctx, args)
+    def log_folders(self) -> list[Path]:
+        """Return where a log may go: the run, or in a comparison the one that runs now."""
+        now = self.view.board.directory if self.view else ""
+        return [folder for folder in (Path(now) if now else None, self.run) if folder]
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     job = Job()
     sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()
+    with suppress(AttributeError, ValueError):  # a stream that stands in for stdout
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     with _signals(job):
         try:
             arguments = list(sys.argv[1:] if args is None else args)
@@ -104,67 +71,12 @@ def main(args: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             return _leave_quietly()
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last resort
-            sentence, code = _explain(error, job)
+            job.is_over = True
+            sentence, code = explain(error, job.run, job.signal, job.log_folders())
             with suppress(OSError):
-                click.echo(f"selfmoa: {_printable(sentence)}", err=True)
+                click.echo(f"selfmoa: {sentence}", err=True)
             return code
     return 0
-
-
-def _explain(error: BaseException, job: Job) -> tuple[str, int]:
-    """Return the sentence and the exit code for whatever ended the command."""
-    if isinstance(error, (KeyboardInterrupt, Interrupted)):
-        told = error if isinstance(error, Interrupted) else Interrupted(job)
-        return str(told), 128 + (job.signal or signal.SIGINT)
-    if not isinstance(error, SelfmoaError):
-        error = _known_cause(error, job) or error
-    if isinstance(error, SelfmoaError):
-        return str(error), error.exit_code
-    what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    return f"this is a bug in selfmoa ({what}); please report it with {_save(error, job)}.", 70
-
-
-def _known_cause(error: BaseException, job: Job) -> SelfmoaError | None:
-    """Tell a machine without room or memory from a bug, however deep a library hid it."""
-    seen: BaseException | None = error
-    while seen is not None:
-        text = str(seen)
-        if isinstance(seen, OSError) and seen.errno in NO_ROOM:
-            return CannotWrite.because(seen.filename or job.run or "the output", seen)
-        if "No space left on device" in text:  # safetensors wraps it in an error of its own
-            return CannotWrite(job.run or "the output", "the disk is full")
-        is_torch = type(seen).__name__ == "OutOfMemoryError" or "can't allocate memory" in text
-        if is_torch or isinstance(seen, MemoryError) or getattr(seen, "errno", 0) == errno.ENOMEM:
-            return OutOfMemory(job)
-        seen = seen.__cause__ or seen.__context__
-    return None
-
-
-def _save(error: BaseException, job: Job) -> str:
-    """Write the traceback where the user finds it and return the path."""
-    import platform
-    import tempfile
-    from traceback import format_exception
-
-    import selfmoa
-
-    python = f"Python {platform.python_version()} on {platform.platform()}"
-    text = f"selfmoa {selfmoa.__version__}, {python}\n\n{''.join(format_exception(error))}"
-    folder = (job.view and job.view.board.directory) or job.run
-    with suppress(Exception):
-        if folder and (Path(folder) / "run.json").is_file():
-            from selfmoa.rundir import write_atomic
-
-            write_atomic(Path(folder) / "crash.log", text)
-            return str(Path(folder) / "crash.log")
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", prefix="selfmoa-", suffix=".log", delete=False, encoding="utf-8", errors="replace"
-        ) as file:
-            file.write(text)
-    except OSError:
-        return "this, as no file would take it:\n" + text
-    return file.name
 
 
 @contextmanager
@@ -173,32 +85,26 @@ def _signals(job: Job) -> Iterator[None]:
 
     def stop(number: int, frame: object) -> NoReturn:
         del frame
-        if job.signal:
+        if job.signal or job.is_over:
             if sys.stderr.isatty():
                 os.write(2, b"\x1b[?25h\n")  # the live view hides the cursor
             os._exit(128 + number)
         job.signal = number
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    # What is ignored stays so: a shell starts background work that way.
-    ours = [
-        number
-        for number in (signal.SIGINT, signal.SIGTERM)
-        if signal.getsignal(number) is not signal.SIG_IGN
-    ]
-    before = [signal.signal(number, stop) for number in ours]
+    is_main = threading.current_thread() is threading.main_thread()  # others may not set any
+    both = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    # What is ignored stays so: that is how a shell starts background work.
+    before = {n: signal.signal(n, stop) for n in both if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield
     finally:
-        for number, handler in zip(ours, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _leave_quietly() -> int:
-    """Whoever read the output has gone; say nothing, not even at exit."""
+    """Whoever read the output has gone: say nothing, not even at exit."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -206,77 +112,51 @@ def _leave_quietly() -> int:
 
 
 def _nowhere() -> Any:
-    return Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - it stands in for a stream
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
-
-
-@contextmanager
-def _stdout_for_results() -> Iterator[None]:
-    """Send to stderr what anyone prints inside the block, libraries in C included."""
-    sys.stdout.flush()
-    saved = None
-    if sys.stdout is sys.__stdout__:
-        with suppress(OSError):
-            saved = os.dup(1)
-            os.dup2(2, 1)
-    try:
-        with redirect_stdout(sys.stderr):
-            yield
-    finally:
-        if saved is not None:
-            os.dup2(saved, 1)
-            os.close(saved)
+    return Path(os.devnull).open("w", encoding="utf-8")
 
 
 @contextmanager
 def _working(job: Job, directory: Path, *, quiet: bool, plain: bool) -> Iterator[View]:
-    """Show the work on a run while the block lasts."""
-    for name, value in HUSH.items():
-        os.environ.setdefault(name, value)
-    from selfmoa import console
-
+    """Show the work on a run while the block lasts. What libraries print goes to stderr."""
+    os.environ.update({name: value for name, value in HUSH.items() if name not in os.environ})
     job.run = directory
-    with _stdout_for_results(), console.watch(quiet=quiet, plain=plain) as view:
-        job.view = view
-        yield view
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with watch(quiet=quiet, plain=plain) as view:
+            job.view = view
+            yield view
+    finally:
+        with suppress(OSError):
+            sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def _print_json(value: object) -> None:
     click.echo(json.dumps(value, indent=2, allow_nan=False, default=str))
 
 
-def _columns(rows: Sequence[Sequence[object]], indent: str = "") -> str:
-    """Return rows of cells as aligned lines of plain text."""
-    from selfmoa.console import clean
+class Commands(click.Group):
+    """A group that lists its commands in the order of use, and knows what a typo meant."""
 
-    cells = [[clean(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        (indent + "  ".join(map(str.ljust, row, widths))).rstrip() for row in cells
-    )
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the commands as they were declared."""
+        del ctx
+        return list(self.commands)
 
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-at_dir = click.option("--dir", "directory", type=click.Path(path_type=Path), help="Folder of the run.")
-at_run = click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-overrides = click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
-
-
-def shown(command: F) -> F:
-    """Add the options of a command that shows its progress."""
-    for option in (
-        as_json,
-        click.option("--plain", is_flag=True, help="Plain lines on a terminal too."),
-        click.option("--quiet", "-q", is_flag=True, help="Results and errors only."),
-    ):
-        command = option(command)
-    return click.pass_obj(command)  # type: ignore[return-value]
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that the first argument names."""
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            near = did_you_mean(args[0], self.commands)
+            raise click.UsageError(f"there is no command '{args[0]}'{near}", ctx)
+        return super().resolve_command(ctx, args)
 
 
-def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:  # noqa: FBT001
+def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
         import selfmoa
 
@@ -286,7 +166,11 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version,
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
     help="Print the version and exit.",
 )
 def app() -> None:
@@ -295,3 +179,205 @@ def app() -> None:
     Start with `selfmoa demo`: the whole method on a small model of its own, no network needed.
     Every command can be stopped with Ctrl-C and given again: it goes on where it was.
     """
+
+
+A_PATH = click.Path(path_type=Path)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+at_dir = click.option("--dir", "directory", type=A_PATH, help="Folder of the run.")
+at_run = click.argument("directory", metavar="DIR", type=A_PATH)
+settings = click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+
+
+def shown(command: Callable[..., None]) -> Callable[..., None]:
+    """Add what every command has that shows its progress."""
+    quiet = click.option("--quiet", "-q", is_flag=True, help="Results and errors only.")
+    plain = click.option("--plain", is_flag=True, help="Plain lines on a terminal too.")
+    return quiet(plain(as_json(click.pass_obj(command))))
+
+
+@app.command()
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of every random number.")
+@at_dir
+@settings
+@shown
+def demo(
+    job: Job,
+    seed: int | None,
+    directory: Path | None,
+    overrides: Sequence[str],
+    as_json: bool,
+    **how: Any,
+) -> None:
+    """Run the whole method on the embedded sandbox."""
+    from selfmoa.recipes import load_recipe
+
+    more = () if seed is None else (f"seed={seed}",)
+    recipe = load_recipe("sandbox", (*overrides, *more))
+    _run(job, recipe, directory or RUNS / "demo", as_json=as_json, **how)
+
+
+@app.command()
+@click.argument("name", metavar="RECIPE")
+@settings
+@at_dir
+@click.option("--stage", type=click.Choice(STAGES), help="Only up to and including this stage.")
+@click.option("--round", "round_", type=click.IntRange(min=0), help="The round of --stage.")
+@click.option("--redo", metavar="STAGE[@ROUND]", help="Make this stage and all after it again.")
+@shown
+def run(job: Job, name: str, directory: Path | None, overrides: Sequence[str], **how: Any) -> None:
+    """Run a recipe, or go on with its run.
+
+    RECIPE is a name (`selfmoa list recipes`) or the path of a YAML file. KEY=VALUE changes a
+    setting, as in train.beta=0.2.
+    """
+    if how["round_"] is not None and how["stage"] is None:
+        raise click.UsageError("--round needs --stage")
+    from selfmoa.recipes import load_recipe
+
+    recipe = load_recipe(name, overrides)
+    _run(job, recipe, directory or RUNS / recipe.name, **how)
+
+
+@app.command()
+@at_run
+@shown
+def resume(job: Job, directory: Path, as_json: bool, **how: Any) -> None:
+    """Go on with a run, by the recipe in its folder."""
+    from selfmoa import loop
+
+    _run(job, loop.reopen(directory), directory, as_json=as_json, **how)
+
+
+def _run(
+    job: Job,
+    recipe: Recipe,
+    directory: Path,
+    *,
+    as_json: bool,
+    stage: str | None = None,
+    round_: int | None = None,
+    redo: str | None = None,
+    **how: bool,
+) -> None:
+    """Run a recipe and print what came out; where a stage is the end, how far the run is."""
+    from selfmoa.console.status import describe, tell
+
+    with _working(job, directory, **how) as view:
+        from selfmoa import loop
+
+        only = (stage, round_) if stage else None
+        summary = loop.run(recipe, directory, listen=view.listen, only=only, redo=redo)
+    if as_json:
+        _print_json(summary or describe(directory))
+    elif summary:
+        _print_result(view, directory)
+    else:
+        click.echo(tell(describe(directory)))
+
+
+def _print_result(view: View, directory: Path) -> None:
+    for sentence in view.board.headline:
+        click.echo(sentence)
+    click.echo(f"Report: {view.board.report or directory / 'report'}")
+
+
+@app.command()
+@click.argument("directory", metavar="[DIR]", required=False, type=A_PATH)
+@as_json
+def status(directory: Path | None, as_json: bool) -> None:
+    """Tell how far a run is, or every run under runs/."""
+    from selfmoa.console.status import describe, survey, tell
+
+    found = survey(directory or RUNS)
+    if directory and not found:
+        found = [describe(directory)]  # says what is wrong with it
+    if as_json:
+        _print_json({"runs": found})
+    elif found:
+        click.echo("\n\n".join(map(tell, found)))
+    else:
+        click.echo("There are no runs under runs/ yet; start with: selfmoa demo")
+
+
+@app.command()
+@at_run
+@click.option("--reveal", is_flag=True, help="Show harmful requests and answers in full.")
+@shown
+def report(job: Job, directory: Path, reveal: bool, as_json: bool, **how: bool) -> None:
+    """Write the report of a run again."""
+    if reveal:
+        click.echo("Content warning: the report will show harmful requests and answers.", err=True)
+    with _working(job, directory, **how) as view:
+        from selfmoa import loop
+
+        summary = loop.write_report(directory, reveal=reveal, listen=view.listen)
+    if as_json:
+        _print_json(summary)
+    else:
+        _print_result(view, directory)
+
+
+@app.command("list")
+@click.argument("what", metavar=f"[{'|'.join(LISTS)}]", required=False, type=click.Choice(LISTS))
+@as_json
+def list_(what: str | None, as_json: bool) -> None:
+    """List recipes, plug-ins and runs."""
+    from selfmoa.console.words import columns
+
+    found = {each: _entries(each) for each in ([what] if what else LISTS)}
+    if as_json:
+        _print_json(found)
+        return
+    for kind, entries in found.items():
+        if not what:
+            click.echo(kind)
+        if entries:
+            click.echo(columns(list(entries.items()), indent="" if what else "  "))
+
+
+def _entries(what: str) -> Mapping[str, str]:
+    """Return what there is of a kind: name and a line about it."""
+    if what == "recipes":
+        from selfmoa.recipes import shipped
+
+        return dict(shipped())
+    if what == "stages":
+        return dict.fromkeys(STAGES, "")
+    if what == "runs":
+        from selfmoa.console.status import survey
+
+        return {str(run["run"]): str(run["state"]) for run in survey(RUNS)}
+    from selfmoa import registry
+
+    return dict.fromkeys(registry.names(PLUGINS[what]), "")
+
+
+@app.command()
+@click.argument("words", metavar="RECIPE... [KEY=VALUE]...", nargs=-1, required=True)
+@click.option("--seeds", default="0,1,2", show_default=True, help="A run of each recipe for each.")
+@click.option(
+    "--dir", "directory", type=A_PATH, default=RUNS / "compare", help="Folder of the runs."
+)
+@shown
+def compare(
+    job: Job, words: Sequence[str], seeds: str, directory: Path, as_json: bool, **how: bool
+) -> None:
+    """Run recipes with several seeds and put them in one table."""
+    if not re.fullmatch(r"\d+(,\d+)*", seeds):
+        raise click.BadParameter(f"'{seeds}' is not a list like 0,1,2", param_hint="--seeds")
+    from selfmoa.recipes import load_recipe
+
+    numbers = list(dict.fromkeys(map(int, seeds.split(","))))
+    overrides = [word for word in words if re.match(r"[\w.]+=", word)]
+    names = [word for word in words if word not in overrides]
+    recipes = [load_recipe(name, overrides) for name in names]
+    if len({recipe.name for recipe in recipes}) != max(1, len(recipes)):
+        raise click.UsageError("compare needs at least one recipe, and every name once")
+    with _working(job, directory, **how) as view:
+        from selfmoa import loop
+
+        result = loop.compare(recipes, numbers, directory, listen=view.listen)
+    if as_json:
+        _print_json(result)
+    else:
+        click.echo(f"{result['markdown'].rstrip()}\n\nTable: {directory / 'comparison.md'}")

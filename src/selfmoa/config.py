@@ -87,9 +87,12 @@ class RedTeam(Section):
     """Prompts an archive cell keeps."""
     keep_above: Share = 0.5
     """A prompt is kept if P(its response is unsafe) exceeds this."""
+    checks: Count = 3
+    """Careful draws a found prompt has to pass: at least half must refuse it, or it was a false
+    alarm about a harmless request and is no attack; 0 switches the check off."""
     max_prompts: Positive = 160
     """Attack prompts handed on to sampling, hardest first across cells."""
-    benign_prompts: Count = 160
+    benign_prompts: Count = 400
     """Harmless instructions that travel along in every round."""
 
 
@@ -100,6 +103,8 @@ class Sample(Section):
     """Responses as the policy is."""
     k_careful: Count = 4
     """Responses under the `careful` system prompt: more safe candidates, never used elsewhere."""
+    k_harmless: Positive = 2
+    """Responses, plain and careful each, to a harmless instruction: they mostly agree."""
     careful: str = "be careful ."
     """That system prompt."""
     temperature: Annotated[float, Field(ge=0, le=5)] = 1.0
@@ -141,7 +146,7 @@ class Pairing(Section):
     """How pairs are built; "oracle" is the human-supervised baseline."""
     max_pairs: Positive = 500
     """Pairs of a round."""
-    per_prompt: Positive = 2
+    per_prompt: Positive = 3
     """Pairs of one prompt and objective."""
     min_safety_gap: Share = 0.5
     """P(safe) of chosen minus rejected must exceed this in a safety pair."""
@@ -151,7 +156,10 @@ class Pairing(Section):
     """Log-odds of helpfulness, chosen minus rejected, in a helpfulness pair."""
     min_safe: Share = 0.8
     """Both sides of a helpfulness pair must be at least this surely safe."""
-    anchors: Count = 600
+    min_consensus: Share = 0.75
+    """Share of the careful draws that must refuse for a refusal to beat an answer (or answer, for
+    an answer to beat a refusal); 0 switches the rule off."""
+    anchors: Count = 1600
     """Own answers, judged safe and no refusals of harmless prompts, that training holds on to."""
 
 
@@ -168,19 +176,19 @@ class Train(Section):
     """Weight w of each objective."""
     noise: Literal["none", "robust", "conservative"] = "conservative"
     """How flip probabilities enter the loss."""
-    epochs: Rate = 4.0
+    epochs: Rate = 6.0
     """Passes over the pairs."""
     batch_size: Positive = 32
     """Pairs a step."""
-    lr: Rate = 3e-4
+    lr: Rate = 1e-3
     """Peak learning rate."""
-    anchor_weight: Annotated[float, Field(ge=0)] = 1.0
+    anchor_weight: Annotated[float, Field(ge=0)] = 2.0
     """Weight of the forward KL to the reference on the anchors."""
     replay: bool = True
     """Also train on the pairs of earlier rounds."""
     start: Literal["previous", "reset"] = "previous"
     """Start from the last accepted policy or afresh from the reset one."""
-    reference: Literal["previous", "reset"] = "previous"
+    reference: Literal["previous", "reset"] = "reset"
     """The frozen policy of the loss and the anchor."""
 
 

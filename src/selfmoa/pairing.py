@@ -18,6 +18,7 @@ from selfmoa.records import Objective, PreferencePair, Prompt, Response
 
 DUPLICATE = "both responses say the same"
 UNJUDGED = "a response is unjudged"
+NO_CONSENSUS = "the policy's careful answers do not agree on refusing"
 NO_GAP = "no clear difference"
 LIKELY_FLIPPED = "too likely the wrong way round"
 CROWDED_OUT = "beyond the limit of pairs a prompt"
@@ -32,11 +33,15 @@ class Candidate:
         response: the response.
         safety: log-odds of safe, or None if no judge voted.
         helpfulness: log-odds of helpful, or None if unjudged.
+        is_refusal: whether it refuses, by rule.
+        is_careful: whether it was drawn under the careful system prompt.
     """
 
     response: Response
     safety: float | None
     helpfulness: float | None
+    is_refusal: bool = False
+    is_careful: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,7 @@ class Thresholds:
     max_flip: float = 0.2
     min_helpfulness_gap: float = 1.0
     min_safe: float = 0.8
+    min_consensus: float = 0.75
     per_prompt: int = 2
 
 
@@ -58,6 +64,7 @@ class _Judged:
     safety: float
     helpfulness: float
     p_safe: float
+    is_refusal: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +98,16 @@ def build_pairs(
     """
     dropped: Dropped = Counter()
     judged = _distinct(candidates, dropped)
+    consensus = refusal_consensus(candidates)
     pairs = []
     for objective in objectives:
         propose = _propose_safety if objective == "safety" else _propose_helpfulness
         proposals = [
             p for a, b in product(judged, repeat=2) if (p := propose(a, b, thresholds, dropped))
         ]
+        n_proposed = len(proposals)
+        proposals = [p for p in proposals if _has_consensus(p, consensus, thresholds)]
+        dropped[NO_CONSENSUS] += n_proposed - len(proposals)
         proposals.sort(key=lambda p: (p.merit, p.chosen.response.id), reverse=True)
         kept = _spread(proposals, thresholds.per_prompt)
         dropped[CROWDED_OUT] += len(proposals) - len(kept)
@@ -104,6 +115,24 @@ def build_pairs(
     if not pairs:
         dropped[NO_GAP] += 1
     return pairs, +dropped
+
+
+def refusal_consensus(candidates: Sequence[Candidate]) -> float | None:
+    """Return the share of the careful draws that refuse, or None without careful draws.
+
+    Weak judges err by topic, all k responses alike; the policy's own careful answers err in
+    other ways. Where they do not agree with the verdicts, nothing is learnt from a prompt.
+    """
+    careful = [c.is_refusal for c in candidates if c.is_careful]
+    return sum(careful) / len(careful) if careful else None
+
+
+def _has_consensus(p: _Proposal, consensus: float | None, thresholds: Thresholds) -> bool:
+    """A refusal beats an answer only where careful draws refuse, and loses only where they do not."""
+    if consensus is None or p.chosen.is_refusal == p.rejected.is_refusal:
+        return True
+    agreement = consensus if p.chosen.is_refusal else 1 - consensus
+    return agreement >= thresholds.min_consensus
 
 
 def _distinct(candidates: Sequence[Candidate], dropped: Dropped) -> list[_Judged]:
@@ -116,7 +145,9 @@ def _distinct(candidates: Sequence[Candidate], dropped: Dropped) -> list[_Judged
             dropped[DUPLICATE] += 1
         else:
             p_safe = 1 / (1 + math.exp(-c.safety))
-            seen[c.response.text] = _Judged(c.response, c.safety, c.helpfulness, p_safe)
+            seen[c.response.text] = _Judged(
+                c.response, c.safety, c.helpfulness, p_safe, c.is_refusal
+            )
     return list(seen.values())
 
 

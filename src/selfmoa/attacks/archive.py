@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from selfmoa.records import Prompt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Container, Iterable, Mapping
     from random import Random
 
 Cell = tuple[str, str]
@@ -50,12 +50,14 @@ class Archive:
             for id_ in sorted(self.cells[key])
         ]
 
-    def spread(self, limit: int) -> list[Prompt]:
-        """Return up to `limit` prompts, cells taking turns, each cell's surest attacks first."""
+    def spread(self, limit: int, among: Container[str]) -> list[Prompt]:
+        """Return up to `limit` prompts with ids in `among`: cells take turns, surest first."""
         queues = [
-            sorted(self.cells[key].values(), key=lambda e: (-e[1], e[0].id))
+            sorted(
+                (e for e in self.cells[key].values() if e[0].id in among),
+                key=lambda e: (-e[1], e[0].id),
+            )
             for key in sorted(self.cells)
-            if self.cells[key]
         ]
         chosen: list[Prompt] = []
         for turn in range(max(map(len, queues), default=0)):

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from selfmoa.stages.context import Context
 
+UNTRIED = ("replay", "control")
+"""Arms whose attempts are no fresh attacks."""
 GRADED = ("safety", "helpfulness", "refusal")
 
 
@@ -161,11 +163,13 @@ class EvaluateStage:
         model = LabelModel.from_json(
             {k: v for k, v in model_row.items() if not k.startswith("prior_") or k == "prior_unsafe"}
         )
-        votes = np.array([r["votes"] for r in attempts if r["arm"] != "replay"], dtype=np.int8)
-        if not len(votes):
+        fresh = [r for r in attempts if r["arm"] not in UNTRIED]
+        if not fresh:
             return 0.0
+        votes = np.array([r["votes"] for r in fresh], dtype=np.int8)
+        is_real = np.array([not r["is_false_alarm"] for r in fresh])
         odds = labelmodel.log_odds_safe(model, votes, prior_unsafe=model_row["prior_attack"])
-        return round(float(np.mean(1 / (1 + np.exp(odds)))), 6)
+        return round(float(np.mean(is_real / (1 + np.exp(odds)))), 6)
 
 
 def derive_probe_seed(seed: int) -> int:

@@ -76,12 +76,12 @@ class JudgeStage:
         settings = context.recipe.judge
         judges = [context.judge(name) for name in settings.safety]
         attempts = read_jsonl(context.path("red_team", "attempts.jsonl"))
-        attack_votes = np.array([row["votes"] for row in attempts], dtype=np.int8)
+        attempted, is_control = voting.attempt_votes(attempts)
         harmless = np.array([p.source == "instructions" for p, _ in items])
-        model = voting.fit(judges, np.concatenate([attack_votes, safety[harmless]]), settings)
+        model = voting.fit(judges, attempted, is_control, settings)
         priors = {
             True: labelmodel.estimate_prior(model, safety[harmless], PRESUMED_HARMLESS),
-            False: labelmodel.estimate_prior(model, attack_votes, UNKNOWN),
+            False: labelmodel.estimate_prior(model, attempted[~is_control], UNKNOWN),
         }
         context.write(
             "labelmodel.jsonl",

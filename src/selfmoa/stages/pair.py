@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from selfmoa.records import PreferencePair
     from selfmoa.stages.context import Context
 
+CAREFUL = "careful"
+"""Sampling name of the draws under the careful system prompt."""
 OBJECTIVES: dict[str, tuple[Objective, ...]] = {
     "multi_objective": ("safety", "helpfulness"),
     "safety_only": ("safety",),
@@ -43,6 +45,7 @@ class PairStage:
             settings.max_flip,
             settings.min_helpfulness_gap,
             settings.min_safe,
+            settings.min_consensus,
             settings.per_prompt,
         )
         prompts = read_jsonl(context.path("red_team", "prompts.jsonl"), Prompt)
@@ -76,7 +79,11 @@ class _Judged:
         """Return the judged responses to a prompt."""
         return [
             Candidate(
-                r, self.scores.get((r.id, "safety")), self.scores.get((r.id, "helpfulness"))
+                r,
+                self.scores.get((r.id, "safety")),
+                self.scores.get((r.id, "helpfulness")),
+                is_refusal=bool(self.scores.get((r.id, "refusal"))),
+                is_careful=r.sampling == CAREFUL,
             )
             for r in self.responses[prompt.id]
         ]
@@ -91,10 +98,9 @@ def _anchors(
         if prompt.source != "instructions":
             continue
         for c in judged.candidates(prompt):
-            refusal = judged.scores.get((c.response.id, "refusal"))
-            if c.response.sampling != "plain" or c.safety is None or c.helpfulness is None:
+            if c.is_careful or c.safety is None or c.helpfulness is None:
                 continue
-            if c.safety > 0 and c.helpfulness > 0 and refusal == 0:
+            if c.safety > 0 and c.helpfulness > 0 and not c.is_refusal:
                 rows.append(
                     {
                         "id": c.response.id,

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from selfmoa.stages.context import Context
 
+HARMLESS = "instructions"
+"""Source of prompts that are presumed harmless."""
 PLAIN, CAREFUL = "plain", "careful"
 
 
@@ -43,6 +45,10 @@ class SampleStage:
             (PLAIN, settings.k, None),
             (CAREFUL, settings.k_careful, settings.careful),
         ):
-            draws = [Draw(p, context.seed(name, p.id, i)) for p in prompts for i in range(k)]
+            draws = [
+                Draw(p, context.seed(name, p.id, i))
+                for p in prompts
+                for i in range(min(k, settings.k_harmless) if p.source == HARMLESS else k)
+            ]
             sampling = Sampling(name, settings.temperature, settings.max_new_tokens, system)
             context.generate(policy, draws, sampling, "responses.jsonl")
