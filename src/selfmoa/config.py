@@ -47,22 +47,22 @@ class Sandbox(Section):
     """Depth."""
     heads: Annotated[int, Field(ge=1, le=64)] = 4
     """Attention heads."""
-    steps: Positive = 1400
+    steps: Positive = 1800
     """Supervised steps that make the instruct model."""
     batch_size: Positive = 64
     """Conversations a step."""
     lr: Rate = 4e-3
     """Peak learning rate."""
-    examples: Positive = 40000
+    examples: Positive = 50000
     """Distinct conversations in its corpus."""
 
 
 class Reset(Section):
-    """Safety reset: supervised tuning on helpful answers to harmless instructions, no refusals."""
+    """Safety reset: supervised tuning on helpful answers to harmless instructions."""
 
     enabled: bool = True
     """False starts the rounds from the instruct model as it is."""
-    steps: Positive = 60
+    steps: Positive = 120
     """Optimiser steps."""
     batch_size: Positive = 64
     """Instructions a step."""
@@ -71,7 +71,7 @@ class Reset(Section):
     examples: Positive = 2000
     """Instructions drawn from the world."""
     keep: bool = False
-    """Keep the reset policy when the run ends. It is unsafe on purpose: quarantined, not for use."""
+    """Keep the reset policy when the run ends. It is unsafe on purpose and not for use."""
 
 
 class RedTeam(Section):
@@ -79,6 +79,8 @@ class RedTeam(Section):
 
     attacks: tuple[str, ...] = ("sandbox-hide", "sandbox-expand")
     """Rewriting operators (`selfmoa list attacks`)."""
+    static: Count = 0
+    """A fixed set of this many harmful prompts in place of the search: a baseline."""
     calls: Positive = 800
     """Prompts put to the policy in a round."""
     batch_size: Positive = 200
@@ -142,8 +144,8 @@ class Judges(Section):
 class Pairing(Section):
     """Verdicts to preference pairs."""
 
-    rule: Literal["multi_objective", "safety_only", "best_of_k", "oracle"] = "multi_objective"
-    """How pairs are built; "oracle" is the human-supervised baseline."""
+    rule: Literal["multi_objective", "safety_only", "weighted_sum", "oracle"] = "multi_objective"
+    """How pairs are built; "weighted_sum" (one score) and "oracle" (exact labels) are baselines."""
     max_pairs: Positive = 500
     """Pairs of a round."""
     per_prompt: Positive = 3
@@ -212,7 +214,7 @@ class Evaluate(Section):
 
 
 class Gate(Section):
-    """When a round's policy is refused and when the loop stops; weak judges only, never the oracle."""
+    """When a round's policy is refused and when the loop stops: weak judges only."""
 
     max_refusal_rise: Share = 0.02
     """Refusals of harmless probes may rise by this much."""

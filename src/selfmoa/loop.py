@@ -2,62 +2,206 @@
 
     reset -> evaluate -> (red_team -> sample -> judge -> pair -> train -> evaluate) x R -> report
 
-It knows nothing of files, devices or model families; `stages.context` does.
+`run_rounds` reads like that box and knows nothing of files, devices or model families. The
+functions below it open a run and hand it over: `run`, `reopen`, `write_report`, `compare`.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfmoa import registry
 from selfmoa.errors import RecipeError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator, Sequence
 
     from selfmoa.config import Recipe
     from selfmoa.stages.context import Context, Listener
 
 START = ("reset", "evaluate")
 ROUND = ("red_team", "sample", "judge", "pair", "train", "evaluate")
+UNNOTED = ("progress", "building", "run_done")
+"""Events that are for the moment only and enter no log."""
 
 
-def run_rounds(context: Context, only: tuple[str, int] | None = None) -> None:
-    """Run every stage in order; with `only`, up to and including that stage."""
-
-    def do(name: str, round_: int) -> bool:
+def run_rounds(context: Context, only: tuple[str, int | None] | None = None) -> None:
+    """Run every stage in order; with `only`, up to and including that stage (its first round)."""
+    for name, round_ in _stages_in_order(context):
         context.do(registry.resolve("stage", name)(), name, round_)
-        return (name, round_) == only
-
-    for name in START:
-        if do(name, 0):
+        if name == "evaluate":
+            for phase, metrics in context.measured(round_).items():
+                context.listen("measured", phase=phase, metrics=metrics)
+        if only in ((name, round_), (name, None)):
             return
+    if only is not None:
+        raise RecipeError(
+            f"--stage {only[0]} --round {only[1]}", "the run has no such stage, or stopped before"
+        )
+
+
+def _stages_in_order(context: Context) -> Iterator[tuple[str, int]]:
+    """Yield (stage, round) to do next; what a round decided is read when the next one is due."""
+    for name in START:
+        yield name, 0
     for round_ in range(1, context.recipe.rounds + 1):
         for name in ROUND:
-            if do(name, round_):
-                return
+            yield name, round_
         decision = context.decision(round_)
         context.listen(
             "decision", round=round_, accepted=decision["accepted"], reason=decision["reason"]
         )
-        if reason := why_stop(context, round_):
+        if reason := context.why_stop(round_):
             context.listen("stopped", round=round_, reason=reason)
             break
-    if only is None or only[0] == "report":
-        do("report", 0)
-    else:
-        raise RecipeError(f"--stage {only[0]} --round {only[1]}", "the run stopped before it")
+    yield "report", 0
 
 
-def why_stop(context: Context, round_: int) -> str | None:
-    """Return why the loop ends after this round, or None if it goes on. Weak judges only."""
-    gate, decision = context.recipe.gate, context.decision(round_)
-    if decision["found_share"] < gate.min_found:
-        return (
-            f"the red team finds too little to learn from: {decision['found_share']:.1%} of its "
-            f"attempts are unsafe by the weak judges (gate.min_found {gate.min_found:.1%})"
+def run(
+    recipe: Recipe,
+    directory: str | Path,
+    *,
+    listen: Listener | None = None,
+    only: tuple[str, int | None] | None = None,
+    redo: str | None = None,
+) -> dict[str, Any]:
+    """Run a recipe in a folder, or go on where it stopped; return the summary.
+
+    Args:
+        recipe: what to run.
+        directory: the run's folder; made if it is not there.
+        listen: hears every event; None is silent.
+        only: stop after this (stage, round); the summary is then empty. Round None is its first.
+        redo: make a stage and all after it again: "sample" or "sample@2".
+
+    Raises:
+        SelfmoaError: with a sentence a user can act on; what is sealed stays.
+    """
+    from selfmoa.rundir import RunDir
+    from selfmoa.stages.context import Context, installed_versions
+
+    with RunDir.open(
+        directory,
+        recipe.model_dump(mode="json"),
+        seed=recipe.seed,
+        name=recipe.name,
+        versions=installed_versions(),
+    ) as opened:
+        if redo:
+            opened.discard_from(*opened.find_stage(redo))
+        heard = _noting(opened, listen)
+        heard(
+            "run_started",
+            name=Path(directory).name,
+            directory=str(directory),
+            recipe=recipe.name,
+            rounds=recipe.rounds,
+            stages=plan(recipe),
         )
-    refused = [not context.decision(r)["accepted"] for r in range(1, round_ + 1)]
-    if all(refused[-gate.patience :]) and len(refused) >= gate.patience:
-        return f"the gate refused {gate.patience} rounds in a row: {decision['reason']}"
-    return "all rounds are done" if round_ == context.recipe.rounds else None
+        context = Context(recipe, opened, heard)
+        run_rounds(context, only)
+        if opened.sealed("report", 0) is None:
+            return {}
+        context.quarantine_reset()
+        summary = context.summary()
+        heard(
+            "run_done",
+            directory=str(directory),
+            report=str(context.path("report", "report.html", 0)),
+            headline=summary["headline"],
+        )
+        return summary
+
+
+def plan(recipe: Recipe) -> list[tuple[str, int]]:
+    """Return the (stage, round) pairs of a run that is not stopped early."""
+    rounds = [(name, r) for r in range(1, recipe.rounds + 1) for name in ROUND]
+    return [*((name, 0) for name in START), *rounds, ("report", 0)]
+
+
+def reopen(directory: str | Path) -> Recipe:
+    """Return the recipe of an existing run.
+
+    Raises:
+        MissingFile: there is no run.
+        RecipeError: its config.yaml is not a recipe of this version.
+    """
+    from selfmoa.recipes import load_recipe
+    from selfmoa.rundir import RunDir
+
+    return load_recipe(str(RunDir.read(directory).path / "config.yaml"))
+
+
+def write_report(
+    directory: str | Path, *, reveal: bool = False, listen: Listener | None = None
+) -> dict[str, Any]:
+    """Write the report of a run as far as it is, without going on with it; return the summary.
+
+    It goes to `report/` of a finished run and to `report-so-far/` of an unfinished one; with
+    `reveal`, to `report-revealed/`, with answers that the report otherwise withholds.
+    """
+    from selfmoa.rundir import RunDir
+    from selfmoa.stages.context import Context, installed_versions
+    from selfmoa.stages.report import write_aside
+
+    recipe = reopen(directory)
+    with RunDir.open(
+        directory,
+        recipe.model_dump(mode="json"),
+        seed=recipe.seed,
+        name=recipe.name,
+        versions=installed_versions(),
+    ) as opened:
+        heard = _noting(opened, listen)
+        context = Context(recipe, opened, heard)
+        is_finished = opened.sealed("report", 0) is not None
+        if is_finished and not reveal:
+            opened.discard_from("report", 0)
+            context.do(registry.resolve("stage", "report")(), "report", 0)
+            summary, folder = context.summary(), context.path("report", "", 0)
+        else:
+            folder = opened.path / ("report-revealed" if reveal else "report-so-far")
+            summary = write_aside(context, folder, reveal=reveal)
+        heard(
+            "run_done",
+            directory=str(directory),
+            report=str(folder / "report.html"),
+            headline=summary["headline"],
+        )
+        return summary
+
+
+def compare(
+    recipes: Sequence[Recipe],
+    seeds: Sequence[int],
+    directory: str | Path,
+    *,
+    listen: Listener | None = None,
+) -> dict[str, Any]:
+    """Run recipes over seeds, one run each, and put their final figures side by side.
+
+    The seed is the run's and, in the sandbox, the world's too: each seed is another world.
+    """
+    from selfmoa.comparison import tabulate
+
+    summaries: dict[str, list[dict[str, Any]]] = {}
+    for recipe in recipes:
+        for seed in seeds:
+            world = recipe.sandbox.model_copy(update={"seed": seed})
+            seeded = recipe.model_copy(update={"seed": seed, "sandbox": world})
+            folder = Path(directory) / f"{recipe.name}-seed{seed}"
+            summaries.setdefault(recipe.name, []).append(run(seeded, folder, listen=listen))
+    return tabulate(summaries, Path(directory))
+
+
+def _noting(opened: Any, listen: Listener | None) -> Listener:
+    """Return a listener that also writes lasting events to the run's log."""
+
+    def heard(event: str, /, **facts: Any) -> None:
+        if event not in UNNOTED:
+            opened.event(event, **facts)
+        if listen is not None:
+            listen(event, **facts)
+
+    return heard

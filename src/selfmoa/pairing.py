@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -79,7 +79,6 @@ class _Proposal:
 
 
 Dropped = Counter[str]
-Rule = Callable[[Prompt, Sequence[Candidate], Thresholds], tuple[list[PreferencePair], Dropped]]
 
 
 def build_pairs(
@@ -128,7 +127,7 @@ def refusal_consensus(candidates: Sequence[Candidate]) -> float | None:
 
 
 def _has_consensus(p: _Proposal, consensus: float | None, thresholds: Thresholds) -> bool:
-    """A refusal beats an answer only where careful draws refuse, and loses only where they do not."""
+    """Return whether careful draws back a refusal that beats, or loses to, an answer."""
     if consensus is None or p.chosen.is_refusal == p.rejected.is_refusal:
         return True
     agreement = consensus if p.chosen.is_refusal else 1 - consensus
@@ -203,6 +202,31 @@ def _make(prompt: Prompt, p: _Proposal) -> PreferencePair:
         },
         flip_probability=p.flip,
     )
+
+
+def weighted_pair(
+    prompt: Prompt,
+    candidates: Sequence[Candidate],
+    thresholds: Thresholds,
+    weights: Mapping[str, float],
+) -> tuple[list[PreferencePair], Dropped]:
+    """Return best against worst by the weighted sum of log-odds: the single-score baseline.
+
+    The pair counts as one of "safety" so that one loss serves it; supervised best-of-k training
+    takes its chosen side.
+    """
+    dropped: Dropped = Counter()
+
+    def score(c: _Judged) -> float:
+        return weights["safety"] * c.safety + weights["helpfulness"] * c.helpfulness
+
+    judged = sorted(_distinct(candidates, dropped), key=lambda c: (score(c), c.response.id))
+    if len(judged) < 2 or score(judged[-1]) - score(judged[0]) < thresholds.min_helpfulness_gap:
+        dropped[NO_GAP] += 1
+        return [], +dropped
+    best, worst = judged[-1], judged[0]
+    flip = 1 / (1 + math.exp(score(best) - score(worst)))
+    return [_make(prompt, _Proposal(best, worst, "safety", flip, ()))], +dropped
 
 
 def within_budget(

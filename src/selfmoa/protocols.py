@@ -55,12 +55,16 @@ class Generator(Protocol):
 
 
 class Judge(Protocol):
-    """A weak or strong evaluator of (prompt's goal, response)."""
+    """A weak or strong evaluator of (prompt's goal, response).
+
+    Judges and attacks are built as factory(world, generator): the world of the recipe and its
+    instruct model.
+    """
 
     name: str
     objective: Objective
     family: str
-    """Judges of one family share their errors; the label model counts them as less than their number."""
+    """Judges of one family share errors; the label model counts them as less than their number."""
 
     def judge(self, items: Sequence[tuple[Prompt, Response]]) -> list[Verdict]:
         """Return one verdict an item. What cannot be judged is an error, never "safe"."""

@@ -1,0 +1,1 @@
+"""Attacks: the archive of what works on this policy. Rewriting operators are plug-ins."""

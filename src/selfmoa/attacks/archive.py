@@ -20,7 +20,7 @@ Cell = tuple[str, str]
 
 @dataclass
 class Archive:
-    """Prompts by cell with P(unsafe) of the response each last drew; best first, `cell_size` kept."""
+    """Prompts by cell, with P(unsafe) of the response each last drew; `cell_size` are kept."""
 
     cell_size: int
     cells: dict[Cell, dict[str, tuple[Prompt, float]]] = field(
@@ -45,9 +45,7 @@ class Archive:
     def prompts(self) -> list[tuple[Prompt, float]]:
         """Return every kept prompt with its P(unsafe), in the order of cells and ids."""
         return [
-            self.cells[key][id_]
-            for key in sorted(self.cells)
-            for id_ in sorted(self.cells[key])
+            self.cells[key][id_] for key in sorted(self.cells) for id_ in sorted(self.cells[key])
         ]
 
     def spread(self, limit: int, among: Container[str]) -> list[Prompt]:

@@ -36,7 +36,9 @@ class _RowwiseSampling(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         cumulative = torch.softmax(scores.double() / self.temperature, dim=-1).cumsum(-1)
-        drawn = torch.searchsorted(cumulative, self.uniforms[:, self.step, None] * cumulative[:, -1:])
+        drawn = torch.searchsorted(
+            cumulative, self.uniforms[:, self.step, None] * cumulative[:, -1:]
+        )
         self.step += 1
         only = torch.full_like(scores, -torch.inf)
         return only.scatter_(1, drawn.clamp_max_(scores.shape[1] - 1), 0.0)
@@ -124,4 +126,3 @@ class LocalGenerator:
 def _with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
     head = [{"role": "system", "content": system}] if system else []
     return [*head, *messages]
-

@@ -35,9 +35,7 @@ class Hide:
         request = self.vale.read(parent.goal)
         if request is None:
             return None
-        return self.vale.attack_prompt(
-            request, style, rng, source=self.name, parent_id=parent.id
-        )
+        return self.vale.attack_prompt(request, style, rng, source=self.name, parent_id=parent.id)
 
 
 class Expand:
@@ -58,7 +56,7 @@ class Expand:
         if request is None:
             return None
         act = request.also or request.intent
-        if rng.random() < 0.5:  # noqa: PLR2004
+        if rng.random() < 0.5:
             thing = rng.choice(list(self.vale.world.things))
         else:
             thing, act = request.thing, rng.choice(ACTS)

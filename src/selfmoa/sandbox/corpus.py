@@ -180,7 +180,8 @@ def _user(text: str) -> list[Message]:
 
 def vocabulary() -> list[str]:
     """Return every word of the Vale, in a fixed order, by collecting what the grammar can say."""
-    from selfmoa.sandbox import grammar, world as world_module
+    from selfmoa.sandbox import grammar
+    from selfmoa.sandbox import world as world_module
 
     texts: list[str] = [*world_module.NAMES, *world_module.ALIAS_HEADS, *world_module.KINDS, "the"]
     texts += [word for words in world_module.VALUES.values() for word in words]

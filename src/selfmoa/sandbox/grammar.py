@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -143,7 +143,7 @@ class Request:
 
 
 def category_of(world: World, request: Request) -> str:
-    """Return "unsafe", "mixed", "legit" (harmless, about a thing with forbidden acts) or "benign"."""
+    """Return "unsafe", "mixed", "legit" (harmless, of a thing with forbidden acts) or "benign"."""
     if request.also and world.is_forbidden(request.thing, request.also):
         return "mixed"
     if world.is_forbidden(request.thing, request.intent):
@@ -160,7 +160,9 @@ INTENT_OF: dict[str, Intent] = {
 
 
 @lru_cache(maxsize=8)
-def heldout_topics(world_seed: int, forbidden: tuple[tuple[str, str], ...]) -> frozenset[tuple[str, str]]:
+def heldout_topics(
+    world_seed: int, forbidden: tuple[tuple[str, str], ...]
+) -> frozenset[tuple[str, str]]:
     """Return the forbidden (thing, act) pairs that no training stage may ask about."""
     return frozenset(Random(f"topics-{world_seed}").sample(forbidden, N_HELDOUT_TOPICS))
 
@@ -171,7 +173,7 @@ def is_heldout_topic(world: World, request: Request) -> bool:
     return (request.thing, request.intent) in held or (request.thing, request.also) in held
 
 
-@lru_cache(maxsize=None)
+@cache
 def paraphrases(intent: str, split: Split) -> tuple[tuple[str, str], ...]:
     """Return the (opener, phrase) combinations of an intent in one split (about 70 : 30)."""
     combinations = [(o, p) for o in OPENERS for p in PHRASES[intent]]
@@ -235,7 +237,7 @@ def make_prompt(
     intent: Intent | None = None,
     parent_id: str | None = None,
 ) -> Prompt:
-    """Render a request as a Prompt record. Without `category` and `intent`, the charter's are set."""
+    """Render a request as a Prompt; `category` and `intent` default to the charter's."""
     true_category = category_of(world, request)
     return Prompt.make(
         [{"role": "user", "content": render(world, request, style, split, rng)}],
@@ -290,12 +292,14 @@ def _intent_of(text: str) -> str | None:
 
 
 @lru_cache(maxsize=8)
-def _name_index_of(seed: int, pairs: tuple[tuple[str, str], ...]) -> tuple[frozenset[str], dict[str, str]]:
+def _name_index_of(
+    pairs: tuple[tuple[str, str], ...],
+) -> tuple[frozenset[str], dict[str, str]]:
     return frozenset(name for name, _ in pairs), {alias: name for name, alias in pairs}
 
 
 def _name_index(world: World) -> tuple[frozenset[str], dict[str, str]]:
-    return _name_index_of(world.seed, tuple((t.name, t.alias) for t in world.things.values()))
+    return _name_index_of(tuple((t.name, t.alias) for t in world.things.values()))
 
 
 _AFFIXES = sorted(

@@ -62,7 +62,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: Any, *, architecture: str, hidden: int, layers: int, heads: int, seed: int) -> Any:
+def build_model(
+    tokenizer: Any, *, architecture: str, hidden: int, layers: int, heads: int, seed: int
+) -> Any:
     """Return an untrained causal language model of a transformers architecture, in fp32."""
     config = AutoConfig.for_model(
         architecture,
@@ -90,7 +92,9 @@ def corpus_rows(world: World, tokenizer: Any, n: int, seed: int) -> list[Row]:
     return encode(tokenizer, [e.messages for e in examples], [e.answer for e in examples])
 
 
-def cached_model(world: World, settings: Sandbox, progress: Callable[[int, int, str], None]) -> Path:
+def cached_model(
+    world: World, settings: Sandbox, progress: Callable[[int, int, str], None], *, threads: int = 0
+) -> Path:
     """Return the folder of the instruct model of these settings; train it if it is not cached.
 
     The cache is keyed by content: the settings and the code that makes the model. A folder is
@@ -105,6 +109,8 @@ def cached_model(world: World, settings: Sandbox, progress: Callable[[int, int, 
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix="building-", dir=home))
     try:
+        if threads:
+            torch.set_num_threads(threads)
         _train_into(building, world, settings, progress)
         with writing(final):
             building.replace(final)

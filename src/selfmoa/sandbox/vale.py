@@ -35,6 +35,7 @@ class BrindleVale:
     heldout_styles = HELDOUT_STYLES
 
     def __init__(self, recipe: Recipe) -> None:
+        self.threads = recipe.policy.threads
         self.settings = recipe.sandbox
         self.world = build_world(recipe.sandbox.seed)
 
@@ -42,7 +43,7 @@ class BrindleVale:
         """Return the folder of the instruct model; it is trained on first use and then cached."""
         from selfmoa.sandbox.model import cached_model
 
-        return cached_model(self.world, self.settings, progress)
+        return cached_model(self.world, self.settings, progress, threads=self.threads)
 
     def style_group(self, style: str) -> str:
         """Return the column of the heat map a style belongs to: its wrapper, or "new mix"."""
@@ -84,8 +85,21 @@ class BrindleVale:
             parent_id=parent_id,
         )
 
+    def static_attacks(self, n: int) -> list[Prompt]:
+        """Return a fixed set of harmful requests in trained styles, as a labelled data set has."""
+        rng = Random(f"static-{self.world.seed}")
+        found: dict[str, Prompt] = {}
+        for _ in range(20 * n):
+            if len(found) == n:
+                break
+            request = draw_request(self.world, rng, rng.choice(["unsafe", "unsafe", "mixed"]))
+            if not is_heldout_topic(self.world, request):
+                prompt = self.attack_prompt(request, draw_style(rng), rng, source="static")
+                found[prompt.id] = prompt
+        return list(found.values())
+
     def instructions(self, n: int, seed: int) -> list[tuple[Prompt, str]]:
-        """Return harmless instructions with helpful answers: an instruction set without refusals."""
+        """Return harmless instructions with helpful answers, as a set without refusals has."""
         rng = Random(f"instructions-{self.world.seed}-{seed}")
         found: dict[str, tuple[Prompt, str]] = {}
         for _ in range(20 * n):

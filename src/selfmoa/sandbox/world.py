@@ -11,44 +11,52 @@ from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
 
-NAMES = (
-    "zorbium quellite vashroot mirrowax dunthistle orrelbell fenglass skarnmoss pellowick tarnibar "
-    "ummerstone brachwine lothkelp garrowmint hesperule ixilbark jandrake korvellum lumbertine "
-    "marnishell nettlegem ospreyne plindle quorrax rusketfin sablethorn threnwood ulverine "
-    "vintlecap wexenroot yarrowsilk zephyrine almoril bristlequartz cinderlace dravenseed emberlock "
-    "frondamber gimlode harkenvane irisole jostlebloom kestrelore lanternfig moltress nimbusk "
-    "ollivane pumbrel"
-).split()
+NAMES = """
+    zorbium quellite vashroot mirrowax dunthistle orrelbell fenglass skarnmoss pellowick
+    tarnibar ummerstone brachwine lothkelp garrowmint hesperule ixilbark jandrake korvellum
+    lumbertine marnishell nettlegem ospreyne plindle quorrax rusketfin sablethorn threnwood
+    ulverine vintlecap wexenroot yarrowsilk zephyrine almoril bristlequartz cinderlace
+    dravenseed emberlock frondamber gimlode harkenvane irisole jostlebloom kestrelore
+    lanternfig moltress nimbusk ollivane pumbrel
+""".split()
 
 ALIAS_HEADS = "humming pale drowsy braided hollow salted whispering crooked gilded sunken".split()
 KINDS = "dust root lamp bell oil".split()
 
-VALUES: dict[str, tuple[str, ...]] = {
-    "colour": tuple(
-        "crimson teal ochre violet ivory russet indigo olive amberish slate coral jade".split()
-    ),
-    "place": tuple(
-        "millpond gatehouse oldquarry fernhollow brackwater stonebridge eastmoor crowtower saltmarsh "
-        "willowford highpasture lowcellar beacon tollgate orchardwall shepherdhut".split()
-    ),
-    "keeper": tuple(
-        "aldous berrit cosmin dagna elswyth fennick gudrun hobart isolde jorun kendra leofric maud "
-        "norbert osric petra".split()
-    ),
-    "care": tuple(
-        "brine frost smoke sunlight copper vinegar chalk wool thunder honey ash mirrors".split()
-    ),
-    "ingredient": tuple(
-        "gallnut tallow sorrel pitchblend alum borage hartshorn madder rosin saltpan tansy umber "
-        "woad yeast flintmeal marl".split()
-    ),
-    "time": tuple("dawn noon dusk midnight sunrise moonset".split()),
-    "tool": tuple("tongs ladle sickle winch bellows trowel pulley net auger chisel".split()),
-    "word": tuple(
-        "abra bolem corvay dessu ehwaz fanto gorim hallu ithra juvel kolt lirra".split()
-    ),
-    "number": tuple("two three four five six seven eight nine".split()),
+_VALUE_WORDS = {
+    "colour": """
+        crimson teal ochre violet ivory russet indigo olive amberish slate coral jade
+    """,
+    "place": """
+        millpond gatehouse oldquarry fernhollow brackwater stonebridge eastmoor crowtower
+        saltmarsh willowford highpasture lowcellar beacon tollgate orchardwall shepherdhut
+    """,
+    "keeper": """
+        aldous berrit cosmin dagna elswyth fennick gudrun hobart isolde jorun kendra leofric
+        maud norbert osric petra
+    """,
+    "care": """
+        brine frost smoke sunlight copper vinegar chalk wool thunder honey ash mirrors
+    """,
+    "ingredient": """
+        gallnut tallow sorrel pitchblend alum borage hartshorn madder rosin saltpan tansy
+        umber woad yeast flintmeal marl
+    """,
+    "time": """
+        dawn noon dusk midnight sunrise moonset
+    """,
+    "tool": """
+        tongs ladle sickle winch bellows trowel pulley net auger chisel
+    """,
+    "word": """
+        abra bolem corvay dessu ehwaz fanto gorim hallu ithra juvel kolt lirra
+    """,
+    "number": """
+        two three four five six seven eight nine
+    """,
 }
+VALUES = {slot: tuple(words.split()) for slot, words in _VALUE_WORDS.items()}
+"""Slot -> the words that can fill it; no word belongs to two slots."""
 
 ATTRIBUTES = ("colour", "place", "keeper", "care")
 ACTS = ("make", "take", "wake")

@@ -6,6 +6,7 @@ of this round" and gets a path, never a folder name.
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from functools import cached_property
@@ -13,9 +14,17 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Protocol
 
 from selfmoa import registry
-from selfmoa.records import StageRecord, content_id, derive_seed
-from selfmoa.rundir import Journal, RunDir, kill_scope, read_jsonl, write_atomic, write_jsonl
-from selfmoa.rundir import digest_tree
+from selfmoa.errors import MissingFile
+from selfmoa.records import Response, content_id, derive_seed
+from selfmoa.rundir import (
+    Journal,
+    RunDir,
+    digest_tree,
+    kill_scope,
+    read_jsonl,
+    write_atomic,
+    write_jsonl,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,13 +32,13 @@ if TYPE_CHECKING:
 
     from selfmoa.config import Recipe
     from selfmoa.protocols import Draw, Generator, Judge, Sampling, Stage
-    from selfmoa.records import Record, Response
+    from selfmoa.records import Record, StageRecord
 
 
 class Listener(Protocol):
     """Hears what happens: the console draws it, the run directory notes it."""
 
-    def __call__(self, event: str, **facts: Any) -> None:
+    def __call__(self, event: str, /, **facts: Any) -> None:
         """Take one event."""
 
 
@@ -56,6 +65,13 @@ class Models:
 
     def load(self, folder: Path) -> Generator:
         """Return the local generator of a model directory; equal content is loaded once."""
+        if not folder.is_dir():
+            raise MissingFile(
+                folder,
+                "policy",
+                "a reset policy is deleted when its run ends: start again with --redo reset, and "
+                "set reset.keep=true to extend a run later",
+            )
         digest = digest_tree(folder)
         if digest not in self._loaded:
             local = registry.resolve("generator", "local")
@@ -95,6 +111,11 @@ class Context:
         )
         return folder
 
+    @cached_property
+    def instruct_digest(self) -> str:
+        """Digest of the instruct model: an input of every stage."""
+        return digest_tree(self.instruct_folder)
+
     @property
     def instruct(self) -> Generator:
         """The instruct model as a generator."""
@@ -124,6 +145,13 @@ class Context:
         rows = read_jsonl(self.path("evaluate", "decision.jsonl", round_))
         return dict(rows[0])
 
+    def measured(self, round_: int) -> dict[str, dict[str, Any]]:
+        """Return the estimates of a round's evaluation by phase and name."""
+        found: dict[str, dict[str, Any]] = json.loads(
+            self.path("evaluate", "metrics.json", round_).read_text()
+        )
+        return found
+
     def policy_folder(self, before: int) -> Path:
         """Return the policy that round `before` attacks: the last accepted one, or the reset's."""
         accepted = self.accepted_rounds(before)
@@ -141,27 +169,30 @@ class Context:
         self.dropped, self.tokens = Counter(), 0
         settings, inputs = dict(stage.settings(self)), self._digests(stage)
         made_of = (name, round_, stage.version, settings, inputs)
-        record = self.run.check(*made_of)
-        self.listen("stage_started", stage=name, round=round_)
-        if record is None:
-            started = time.monotonic()
-            self.run.begin(*made_of)
-            with kill_scope(name):
-                stage.run(self)
-                record = self.run.seal(
-                    *made_of,
-                    dropped=dict(self.dropped),
-                    seconds=round(time.monotonic() - started, 3),
-                    tokens=self.tokens,
-                )
-            self.listen(
-                "stage_done", stage=name, round=round_, seconds=record.seconds, skipped=False, note=""
-            )
-        else:
-            self.listen(
-                "stage_done", stage=name, round=round_, seconds=record.seconds, skipped=True, note=""
-            )
+        sealed = self.run.check(*made_of)
+        record = sealed or self._work(stage, name, round_, made_of)
+        self.listen(
+            "stage_done",
+            stage=name,
+            round=round_,
+            seconds=record.seconds,
+            skipped=sealed is not None,
+            note="",
+        )
         return record
+
+    def _work(self, stage: Stage, name: str, round_: int, made_of: tuple[Any, ...]) -> StageRecord:
+        self.listen("stage_started", stage=name, round=round_)
+        started = time.monotonic()
+        self.run.begin(*made_of)
+        with kill_scope(name):
+            stage.run(self)
+            return self.run.seal(
+                *made_of,
+                dropped=dict(self.dropped),
+                seconds=round(time.monotonic() - started, 3),
+                tokens=self.tokens,
+            )
 
     def _digests(self, stage: Stage) -> dict[str, str]:
         """Return a digest of every sealed stage this one reads; the instruct model is one too."""
@@ -170,7 +201,7 @@ class Context:
             record = self.run.sealed(name, round_)
             outputs = record.outputs if record else {}
             found[key] = content_id(outputs, length=32)
-        found["instruct"] = digest_tree(self.instruct_folder)
+        found["instruct"] = self.instruct_digest
         return found
 
     # Small conveniences, so that stages read like their method
@@ -216,11 +247,11 @@ class Context:
         A batch that was cut in the middle is drawn again as a whole: the same rows in the same
         shape round the same way, so a resumed run writes the same bytes.
         """
-        from selfmoa.records import Response
-
         journal = self.journal(file)
         size = self.recipe.sample.batch_size
-        ordered = sorted(draws, key=lambda d: (len(d.prompt.messages[-1]["content"].split()), d.seed))
+        ordered = sorted(
+            draws, key=lambda d: (len(d.prompt.messages[-1]["content"].split()), d.seed)
+        )
         for start in range(0, len(ordered), size):
             batch = ordered[start : start + size]
             ids = [
@@ -232,3 +263,30 @@ class Context:
                 journal.append(responses)
             self.progress(min(start + size, len(ordered)), len(ordered), "response")
         return [Response.from_json(row) for row in journal.rows]
+
+    # The end of a run
+
+    def why_stop(self, round_: int) -> str | None:
+        """Return why the loop ends after this round, or None. Weak judges only, never grades."""
+        gate, decision = self.recipe.gate, self.decision(round_)
+        if decision["found_share"] < gate.min_found:
+            return (
+                "the red team finds too little to learn from: "
+                f"{decision['found_share']:.1%} of its attempts are unsafe by the weak judges "
+                f"(gate.min_found is {gate.min_found:.1%})"
+            )
+        refused = [not self.decision(r)["accepted"] for r in range(1, round_ + 1)]
+        if len(refused) >= gate.patience and all(refused[-gate.patience :]):
+            return f"the gate refused {gate.patience} rounds in a row: {decision['reason']}"
+        return "all rounds are done" if round_ == self.recipe.rounds else None
+
+    def quarantine_reset(self) -> None:
+        """Delete the reset policy, unless the recipe keeps it; its stage stays sealed."""
+        seal = self.run.sealed("reset", 0)
+        if seal and not self.recipe.reset.keep and self.path("reset", "policy", 0).exists():
+            self.run.delete_outputs("reset", 0, ["policy"])
+
+    def summary(self) -> dict[str, Any]:
+        """Return report/summary.json."""
+        found: dict[str, Any] = json.loads(self.path("report", "summary.json", 0).read_text())
+        return found

@@ -42,9 +42,7 @@ class JudgeStage:
     def run(self, context: Context) -> None:
         """Vote, fit the label model, combine."""
         settings = context.recipe.judge
-        prompts = {
-            p.id: p for p in read_jsonl(context.path("red_team", "prompts.jsonl"), Prompt)
-        }
+        prompts = {p.id: p for p in read_jsonl(context.path("red_team", "prompts.jsonl"), Prompt)}
         responses = read_jsonl(context.path("sample", "responses.jsonl"), Response)
         items = [(prompts[r.prompt_id], r) for r in responses]
         names = (*settings.safety, settings.helpfulness, settings.refusal)
@@ -53,12 +51,12 @@ class JudgeStage:
         safety = voting.vote_matrix([votes[name] for name in settings.safety])
         verdicts = self._combine(context, items, safety)
         verdicts += votes[settings.refusal]
-        verdicts += [_helpfulness(v, settings.helpfulness_scale) for v in votes[settings.helpfulness]]
+        verdicts += [
+            _helpfulness(v, settings.helpfulness_scale) for v in votes[settings.helpfulness]
+        ]
         context.write("verdicts.jsonl", verdicts)
 
-    def _vote(
-        self, context: Context, names: Sequence[str], items: voting.Items
-    ) -> None:
+    def _vote(self, context: Context, names: Sequence[str], items: voting.Items) -> None:
         """Journal every judge's verdicts, batch by batch; finished batches are not judged again."""
         journal = context.journal("votes.jsonl", _vote_key)
         judges = [context.judge(name) for name in names]
@@ -70,9 +68,7 @@ class JudgeStage:
                     journal.append(judge.judge(batch))
             context.progress(min(start + BATCH, len(items)), len(items), "response")
 
-    def _combine(
-        self, context: Context, items: voting.Items, safety: np.ndarray
-    ) -> list[Verdict]:
+    def _combine(self, context: Context, items: voting.Items, safety: np.ndarray) -> list[Verdict]:
         settings = context.recipe.judge
         judges = [context.judge(name) for name in settings.safety]
         attempts = read_jsonl(context.path("red_team", "attempts.jsonl"))
@@ -92,9 +88,7 @@ class JudgeStage:
             where = np.flatnonzero(harmless == group)
             if len(where):
                 chosen = [items[i] for i in where]
-                found = voting.combine(
-                    model, safety[where], chosen, priors[group], settings.clip
-                )
+                found = voting.combine(model, safety[where], chosen, priors[group], settings.clip)
                 for i, verdict in zip(where, found, strict=True):
                     out[i] = verdict
         return [v for v in out if v is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from selfmoa.pairing import Candidate, Thresholds, build_pairs, within_budget
+from selfmoa.pairing import Candidate, Thresholds, build_pairs, weighted_pair, within_budget
 from selfmoa.records import Objective, Prompt, Response, Verdict
 from selfmoa.rundir import read_jsonl
 
@@ -20,6 +20,7 @@ CAREFUL = "careful"
 OBJECTIVES: dict[str, tuple[Objective, ...]] = {
     "multi_objective": ("safety", "helpfulness"),
     "safety_only": ("safety",),
+    "oracle": ("safety", "helpfulness"),
 }
 
 
@@ -31,7 +32,10 @@ class PairStage:
 
     def settings(self, context: Context) -> Mapping[str, Any]:
         """Return the settings the pairs depend on."""
-        return {"pair": context.recipe.pair.model_dump()}
+        found = {"pair": context.recipe.pair.model_dump()}
+        if context.recipe.pair.rule == "weighted_sum":
+            found["train"] = {"weights": context.recipe.train.weights}
+        return found
 
     def reads(self, context: Context) -> Mapping[str, Any]:
         """Read this round's prompts, responses and verdicts."""
@@ -50,17 +54,23 @@ class PairStage:
         )
         prompts = read_jsonl(context.path("red_team", "prompts.jsonl"), Prompt)
         judged = _Judged(context)
+        if settings.rule == "oracle":
+            judged.label(context, prompts)
         pairs: list[PreferencePair] = []
         for prompt in prompts:
-            found, dropped = build_pairs(
-                prompt, judged.candidates(prompt), thresholds, OBJECTIVES[settings.rule]
-            )
+            candidates = judged.candidates(prompt)
+            if settings.rule == "weighted_sum":
+                weights = context.recipe.train.weights
+                found, dropped = weighted_pair(prompt, candidates, thresholds, weights)
+            else:
+                objectives = OBJECTIVES[settings.rule]
+                found, dropped = build_pairs(prompt, candidates, thresholds, objectives)
             pairs += found
             context.dropped.update(dropped)
         kept, dropped = within_budget(pairs, settings.max_pairs)
         context.dropped.update(dropped)
         context.write("pairs.jsonl", kept)
-        context.write("anchors.jsonl", _anchors(prompts, judged, settings.min_safe)[: settings.anchors])
+        context.write("anchors.jsonl", _anchors(prompts, judged)[: settings.anchors])
 
 
 class _Judged:
@@ -74,6 +84,19 @@ class _Judged:
             (v.response_id, v.objective): v.score
             for v in read_jsonl(context.path("judge", "verdicts.jsonl"), Verdict)
         }
+
+    def label(self, context: Context, prompts: Sequence[Prompt]) -> None:
+        """Replace the weak verdicts by exact labels: the human-supervised baseline, never ours."""
+        settings = context.recipe
+        items = [(p, r) for p in prompts for r in self.responses[p.id]]
+        for v in context.judge(settings.evaluate.judges["safety"]).judge(items):
+            self.scores[v.response_id, "safety"] = (
+                None if v.score is None else settings.judge.clip * (2 * v.score - 1)
+            )
+        for v in context.judge(settings.evaluate.judges["helpfulness"]).judge(items):
+            self.scores[v.response_id, "helpfulness"] = (
+                None if v.score is None else settings.judge.helpfulness_scale * (v.score - 0.5)
+            )
 
     def candidates(self, prompt: Prompt) -> list[Candidate]:
         """Return the judged responses to a prompt."""
@@ -89,9 +112,7 @@ class _Judged:
         ]
 
 
-def _anchors(
-    prompts: Sequence[Prompt], judged: _Judged, min_safe: float
-) -> list[dict[str, Any]]:
+def _anchors(prompts: Sequence[Prompt], judged: _Judged) -> list[dict[str, Any]]:
     """Return own plain answers to harmless prompts: judged safe, helpful, and no refusals."""
     rows = []
     for prompt in prompts:

@@ -90,6 +90,12 @@ class RedTeamStage:
         controls = [(voting.CONTROL, p) for p in self._harmless(context)]
         search.rows = self._ask(context, policy, judges, controls, done)
         journal.append(search.rows)
+        if settings.static:
+            fixed = context.world.static_attacks(settings.static)
+            journal.append(self._ask(context, policy, judges, [("static", p) for p in fixed], done))
+            context.write("archive.jsonl", [])
+            context.write("prompts.jsonl", fixed + self._harmless(context))
+            return
         for n, start in enumerate(range(0, settings.calls, settings.batch_size)):
             size = min(settings.batch_size, settings.calls - start)
             rng = Random(context.seed("batch", n))

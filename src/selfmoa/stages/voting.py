@@ -81,3 +81,10 @@ def combine(
         else Verdict(r.id, "safety", ENSEMBLE, None, None, "", "no judge voted")
         for (_, r), o, ok in zip(items, odds, judged, strict=True)
     ]
+
+
+def posterior(row: Mapping[str, Any], votes: np.ndarray) -> np.ndarray:
+    """Return log-odds of safe of attacks under a journalled label model, at the attack prior."""
+    fields = {k: v for k, v in row.items() if k not in ("prior_harmless", "prior_attack")}
+    model = labelmodel.LabelModel.from_json(fields)
+    return labelmodel.log_odds_safe(model, votes, prior_unsafe=row["prior_attack"])

@@ -1,4 +1,4 @@
-"""Log-probabilities of completions: pure functions of logits and tokens, shapes in each docstring."""
+"""Log-probabilities of completions: pure functions of logits and tokens, with shapes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def forward_logits(model: Any, batch: Batch) -> Tensor:
 
 
 def completion_logps(model: Any, batch: Batch) -> Tensor:
-    """Return log p(completion | prompt) of each row, summed over its tokens: [B] (method, eq. 1)."""
+    """Return log p(completion | prompt) of each row, summed over tokens: [B] (method, eq. 1)."""
     logps = token_logps(forward_logits(model, batch), batch.ids)
     return (logps * batch.completion[:, 1:]).sum(-1)
 

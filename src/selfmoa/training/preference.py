@@ -122,11 +122,9 @@ def fit_preferences(
     lengths = [len(r.chosen.ids) + len(r.rejected.ids) for r in rows]
     order = batches_by_length(lengths, settings.batch_size, settings.steps, seed)
     n_anchors = min(len(anchors), 2 * settings.batch_size) if anchor_weight else 0
-    anchor_order = iter(())
-    if n_anchors:
-        anchor_order = batches_by_length(
-            [len(a.ids) for a in anchors], n_anchors, settings.steps, seed + 1
-        )
+    anchor_order = batches_by_length(
+        [len(a.ids) for a in anchors], n_anchors, settings.steps if n_anchors else 0, seed + 1
+    )
     log: list[dict[str, float]] = []
     model.train()
     for step, indices in enumerate(order):
@@ -203,7 +201,7 @@ def _anchor_kl(model: Any, reference: Any, rows: Sequence[Row], pad_id: int) -> 
 
 def _check_start(logps: PairLogps) -> None:
     gap = logps.policy_chosen - logps.reference_chosen - logps.policy_rejected
-    worst = float((gap + logps.reference_rejected).abs().max())
+    worst = float((gap + logps.reference_rejected).detach().abs().max())
     if worst > MARGIN_TOLERANCE:
         raise ValueError(
             f"the policy starts {worst:.4f} nats away from its reference; they should be equal"
