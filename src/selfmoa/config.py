@@ -93,7 +93,7 @@ class RedTeam(Section):
     """Careful draws a found prompt has to pass: at least half must refuse it, or it was a false
     alarm about a harmless request and is no attack; 0 switches the check off."""
     max_prompts: Positive = 160
-    """Attack prompts handed on to sampling, hardest first across cells."""
+    """Attack prompts handed on to sampling: cells take turns, surest attacks first."""
     benign_prompts: Count = 400
     """Harmless instructions that travel along in every round."""
 
@@ -154,7 +154,7 @@ class Pairing(Section):
     """P(safe) of chosen minus rejected must exceed this in a safety pair."""
     max_flip: Annotated[float, Field(ge=0, le=0.5)] = 0.2
     """Pairs that are likelier to be the wrong way round are dropped."""
-    min_helpfulness_gap: Annotated[float, Field(ge=0)] = 1.0
+    min_helpfulness_gap: Annotated[float, Field(ge=0)] = 1.4
     """Log-odds of helpfulness, chosen minus rejected, in a helpfulness pair."""
     min_safe: Share = 0.8
     """Both sides of a helpfulness pair must be at least this surely safe."""

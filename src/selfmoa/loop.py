@@ -28,6 +28,8 @@ UNNOTED = ("progress", "building", "run_done")
 
 def run_rounds(context: Context, only: tuple[str, int | None] | None = None) -> None:
     """Run every stage in order; with `only`, up to and including that stage (its first round)."""
+    for name, round_ in context.run.stages():
+        context.refuse_changed(registry.resolve("stage", name)(), name, round_)
     for name, round_ in _stages_in_order(context):
         context.do(registry.resolve("stage", name)(), name, round_)
         if name == "evaluate":

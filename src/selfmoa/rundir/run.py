@@ -170,6 +170,14 @@ class RunDir:
         """
         return self._at(stage, round_).seal()
 
+    def made_of(self, stage: str, round_: int = 0) -> StageRecord | None:
+        """Return what the work of a stage, sealed or begun, is made of; None if there is none.
+
+        Raises:
+            RunDamaged: the note about it is broken.
+        """
+        return self._at(stage, round_).made_of()
+
     def check(
         self, stage: str, round_: int, version: int, settings: Row, inputs: Digests
     ) -> StageRecord | None:

@@ -44,7 +44,6 @@ REFUSAL_BY_FORM = {"plain": 1.0, "alias": 0.85, "split": 0.75, "past": 0.65, "fi
 
 P_REDIRECT = 0.35
 P_OVER_REFUSAL = 0.05
-P_PARTIAL = 0.15
 
 
 @dataclass(frozen=True, slots=True)

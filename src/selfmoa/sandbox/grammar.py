@@ -14,7 +14,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from selfmoa.records import Prompt, Split, content_id
-from selfmoa.sandbox.world import ACTS, ATTRIBUTES, World
+from selfmoa.sandbox.world import ACTS, World
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -316,8 +316,3 @@ def _without_wrapper(text: str) -> str:
         if text.endswith(" " + affix):
             text = text[: -len(affix) - 1]
     return text
-
-
-def is_attribute(intent: str) -> bool:
-    """Return whether an intent asks for a fact rather than for an act or for help."""
-    return intent in ATTRIBUTES

@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 from typing import TYPE_CHECKING
 
-from selfmoa.records import Prompt, derive_seed
+from selfmoa.records import Prompt
 from selfmoa.sandbox.answers import comply
 from selfmoa.sandbox.corpus import draw_request, draw_style
 from selfmoa.sandbox.grammar import (
@@ -155,7 +155,3 @@ class BrindleVale:
     def read(self, text: str) -> Request | None:
         """Read a request back from a goal."""
         return parse(self.world, text)
-
-    def draw_seed(self, *key: object) -> int:
-        """Return a seed that depends on the world and a key."""
-        return derive_seed("sandbox", self.world.seed, *key)

@@ -159,6 +159,17 @@ class Context:
 
     # Doing the work
 
+    def refuse_changed(self, stage: Stage, name: str, round_: int) -> None:
+        """Refuse other settings than those the work on disk has, before anything is built.
+
+        Raises:
+            RunChanged: a setting differs; it is named.
+        """
+        self.stage, self.round = name, round_
+        if made_of := self.run.made_of(name, round_):
+            settings = dict(stage.settings(self))
+            self.run.check(name, round_, stage.version, settings, made_of.inputs)
+
     def do(self, stage: Stage, name: str, round_: int) -> StageRecord:
         """Run a stage unless it is sealed; seal it. Returns its record.
 

@@ -108,7 +108,7 @@ def _by_judge(
 
 
 def _helpfulness(verdict: Verdict, scale: float) -> Verdict:
-    """Put a helpfulness score in [0, 1] on the log-odds scale (method, eq. 8)."""
+    """Put a helpfulness score in [0, 1] on the log-odds scale (method, eq. 11)."""
     if verdict.score is None:
         return Verdict(
             verdict.response_id, "helpfulness", voting.ENSEMBLE, None, None, "", verdict.error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,9 @@ class PairStage:
         found = {"pair": context.recipe.pair.model_dump()}
         if context.recipe.pair.rule == "weighted_sum":
             found["train"] = {"weights": context.recipe.train.weights}
+        if context.recipe.pair.rule == "oracle":
+            found["evaluate"] = {"judges": context.recipe.evaluate.model_dump()["judges"]}
+            found["judge"] = context.recipe.judge.model_dump()
         return found
 
     def reads(self, context: Context) -> Mapping[str, Any]:
@@ -70,7 +74,8 @@ class PairStage:
         kept, dropped = within_budget(pairs, settings.max_pairs)
         context.dropped.update(dropped)
         context.write("pairs.jsonl", kept)
-        context.write("anchors.jsonl", _anchors(prompts, judged)[: settings.anchors])
+        anchors = _anchors(prompts, judged, settings.min_safe)
+        context.write("anchors.jsonl", anchors[: settings.anchors])
 
 
 class _Judged:
@@ -112,16 +117,17 @@ class _Judged:
         ]
 
 
-def _anchors(prompts: Sequence[Prompt], judged: _Judged) -> list[dict[str, Any]]:
+def _anchors(prompts: Sequence[Prompt], judged: _Judged, min_safe: float) -> list[dict[str, Any]]:
     """Return own plain answers to harmless prompts: judged safe, helpful, and no refusals."""
     rows = []
+    surely = math.log(min_safe / (1 - min_safe)) if 0 < min_safe < 1 else 0.0
     for prompt in prompts:
         if prompt.source != "instructions":
             continue
         for c in judged.candidates(prompt):
             if c.is_careful or c.safety is None or c.helpfulness is None:
                 continue
-            if c.safety > 0 and c.helpfulness > 0 and not c.is_refusal:
+            if c.safety > surely and c.helpfulness > 0 and not c.is_refusal:
                 rows.append(
                     {
                         "id": c.response.id,

@@ -133,6 +133,7 @@ class RedTeamStage:
             rng.shuffle(replays)
             old = [*seeds, *replays][: max(len(seeds), int(REPLAY_SHARE * calls))]
             batch = [("replay", p) for p in old[:size]]
+            search.asked.update(p.id for _, p in batch)
         arms = {f"{a.name} {style}": (a, style) for a in attacks for style in a.styles}
         for _ in range(TRIES * size):
             if len(batch) >= size:
@@ -143,7 +144,6 @@ class RedTeamStage:
             if prompt is not None and prompt.id not in search.asked:
                 search.asked.add(prompt.id)
                 batch.append((arm, prompt))
-        search.asked.update(p.id for _, p in batch)
         return batch
 
     def _ask(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from selfmoa import labelmodel
+from selfmoa.errors import RecipeError
 from selfmoa.records import Verdict
 
 if TYPE_CHECKING:
@@ -56,7 +57,18 @@ def fit(
 
     Control rows are clamped to safe: that is the one thing known without labels, and it is what
     shows a judge that cries wolf over harmless answers (docs/method.md, drift).
+
+    Raises:
+        RecipeError: fewer than three families of judges: their accuracies cannot be told apart.
     """
+    families = {j.family for j in judges}
+    if len(families) < labelmodel.MIN_FAMILIES:
+        raise RecipeError(
+            "judge.safety",
+            f"{len(judges)} judges of {len(families)} families ({', '.join(sorted(families))}); "
+            f"a label model without gold labels needs {labelmodel.MIN_FAMILIES} independent "
+            "families: add judges of other kinds",
+        )
     return labelmodel.fit(
         votes,
         [j.name for j in judges],

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from selfmoa import registry
 from selfmoa.training.collate import Row, encode
-from selfmoa.training.losses import LOSSES, LossSettings
+from selfmoa.training.losses import LossSettings
 from selfmoa.training.policy import load_policy, make_trainable, merged, save_policy
 from selfmoa.training.preference import Objective, encode_pairs, fit_preferences
 from selfmoa.training.trainer import Optimisation, fit_supervised
@@ -125,5 +126,5 @@ def _objectives(settings: Train) -> dict[str, Objective]:
             others = tuple(o for o in settings.weights if o != name)
             weights = (weight, *(settings.weights[o] for o in others))
             loss = LossSettings(settings.beta, weights, settings.noise)
-            found[name] = Objective(LOSSES[settings.loss], loss, others)
+            found[name] = Objective(registry.resolve("loss", settings.loss), loss, others)
     return found

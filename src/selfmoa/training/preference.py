@@ -8,7 +8,6 @@ Left out on purpose: shared prompts and chunked log-probabilities (plain and cor
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -103,7 +102,7 @@ def fit_preferences(
         model: the policy; its trainable parameters are changed in place.
         reference: the frozen policy of the loss and of the anchors.
         rows: encoded pairs, at least one.
-        anchors: rows whose completions the reference itself drew; may be empty.
+        anchors: rows whose completions a policy of this run drew itself; may be empty.
         objectives: per objective name, how its pairs are trained on.
         settings: the optimiser's.
         pad_id: token id that fills short rows.
@@ -156,14 +155,6 @@ def fit_preferences(
             progress(step + 1, settings.steps, "step")
     model.eval()
     return log
-
-
-def frozen_copy(model: Any) -> Any:
-    """Return a copy of a model that no step will change."""
-    reference = copy.deepcopy(model).eval()
-    for parameter in reference.parameters():
-        parameter.requires_grad_(False)
-    return reference
 
 
 def _losses(
