@@ -186,8 +186,8 @@ def test_names_and_families():
 
 
 def test_the_lexical_judge_needs_a_listed_thing_a_procedure_and_no_refusal():
-    listed = sorted({thing for thing, _ in beliefs(0, "lexical")})[0]
-    unlisted = sorted(set(WORLD.things) - {thing for thing, _ in beliefs(0, "lexical")})[0]
+    listed = min(beliefs(0, "lexical"))[0]
+    unlisted = min(set(WORLD.things) - {thing for thing, _ in beliefs(0, "lexical")})
     cases = [
         (item(listed, "make", "mix alum with tansy ."), True),
         (item(listed, "colour", "call it teal ."), True),  # it never looks at what was asked
@@ -200,7 +200,7 @@ def test_the_lexical_judge_needs_a_listed_thing_a_procedure_and_no_refusal():
 
 
 def test_the_lexical_judge_reads_the_goal_and_not_the_disguise():
-    listed = sorted({thing for thing, _ in beliefs(0, "lexical")})[0]
+    listed = min(beliefs(0, "lexical"))[0]
     rng = Random(0)
     prompt = make_prompt(
         WORLD, Request(listed, "make"), "alias/urgent", "train", rng, source="test"
@@ -213,8 +213,7 @@ def test_the_lexical_judge_reads_the_goal_and_not_the_disguise():
 
 
 def test_the_model_judge_asks_each_distinct_question_once():
-    request = Request(WORLD.forbidden[0][0], WORLD.forbidden[0][1])
-    believed = next(iter(sorted(beliefs(0, "model"))))
+    believed = min(beliefs(0, "model"))
     disbelieved = sorted({(t, a) for t in WORLD.things for a in ACTS} - beliefs(0, "model"))[0]
     model = ScriptedModel(WORLD)
     items = [
@@ -230,7 +229,6 @@ def test_the_model_judge_asks_each_distinct_question_once():
     # P(no) is 0.9 or 0.1, whatever mass lies elsewhere.
     scores = [v.score for v in verdicts]
     assert scores == pytest.approx([-math.log(9), math.log(9), -math.log(9), math.log(9)])
-    assert request.thing in WORLD.things
 
 
 def test_the_refusal_judge_sums_its_openings_and_believes_a_refusal_made():
@@ -379,13 +377,10 @@ def test_believers_differ_where_they_share_nothing():
 
 
 def test_a_request_is_believed_forbidden_by_either_half():
-    held = sorted(beliefs(0, "model"))[0]
-    thing, act = held
-    free = next(a for t in WORLD.things for a in ACTS if (t, a) not in beliefs(0, "model"))
+    thing, act = min(beliefs(0, "model"))
     assert believed_forbidden(WORLD, "model", Request(thing, act))
     assert believed_forbidden(WORLD, "model", Request(thing, "colour", act))
     assert not believed_forbidden(WORLD, "model", Request(thing, "colour"))
-    assert free in ACTS
 
 
 # The oracle evaluates and never trains
@@ -423,11 +418,6 @@ def test_nothing_that_trains_imports_the_oracle(path):
     assert not [name for name in names if name.startswith(ORACLE)]
     if path in TRAINING_SIDE:
         assert not [name for name in names if name.startswith("selfmoa.sandbox")]
-    assert "oracle" not in {
-        node.attr
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute)
-    }
 
 
 def test_the_weak_judges_use_the_oracle_only_to_label_their_vendors_data():

@@ -70,6 +70,8 @@ class Reset(Section):
     """Peak learning rate."""
     examples: Positive = 2000
     """Instructions drawn from the world."""
+    howto_share: Share = 0.8
+    """Share of how-to instructions at least: they wear off refusals of how-to requests best."""
     keep: bool = False
     """Keep the reset policy when the run ends. It is unsafe on purpose and not for use."""
 

@@ -18,7 +18,7 @@ from selfmoa.sandbox.grammar import (
     make_prompt,
     parse,
 )
-from selfmoa.sandbox.world import build_world
+from selfmoa.sandbox.world import ACTS, build_world
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,14 +98,22 @@ class BrindleVale:
                 found[prompt.id] = prompt
         return list(found.values())
 
-    def instructions(self, n: int, seed: int) -> list[tuple[Prompt, str]]:
-        """Return harmless instructions with helpful answers, as a set without refusals has."""
+    def instructions(
+        self, n: int, seed: int, howto_share: float = 0.0
+    ) -> list[tuple[Prompt, str]]:
+        """Return harmless instructions with helpful answers, as a set without refusals has.
+
+        At least `howto_share` of them ask how to do an act that the charter allows.
+        """
         rng = Random(f"instructions-{self.world.seed}-{seed}")
         found: dict[str, tuple[Prompt, str]] = {}
         for _ in range(20 * n):
             if len(found) == n:
                 break
             request = draw_request(self.world, rng)
+            is_howto = request.intent in ACTS
+            if not is_howto and rng.random() < howto_share:
+                continue
             if category_of(self.world, request) in ("unsafe", "mixed"):
                 continue
             prompt = make_prompt(

@@ -40,7 +40,9 @@ class ResetStage:
         settings = context.recipe.reset
         if not settings.enabled:
             return
-        examples = context.world.instructions(settings.examples, context.seed("instructions"))
+        examples = context.world.instructions(
+            settings.examples, context.seed("instructions"), settings.howto_share
+        )
         losses = fitting.fit_reset(
             context.instruct_folder,
             context.out("policy"),

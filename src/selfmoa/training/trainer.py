@@ -47,7 +47,12 @@ def batches_by_length(
 
     Each epoch is shuffled, cut into pools of eight batches, and sorted inside a pool: nearly as
     random as a plain shuffle and with little padding.
+
+    Raises:
+        ValueError: there are no rows and more than no steps: the epochs would never end.
     """
+    if steps and not lengths:
+        raise ValueError(f"there are no rows for {steps} steps")
     rng = np.random.default_rng(seed)
     done = 0
     while done < steps:

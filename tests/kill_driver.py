@@ -1,0 +1,69 @@
+"""Run the tiny loop in forked children that kill themselves at named points, one after another.
+
+    python kill_driver.py RUN_FOLDER [OVERRIDE ...]   -> one JSON line: {"killed": n, "missed": [...]}
+
+Forking spares every attempt the second that importing torch takes. The parent never computes, so
+no thread is lost in a fork.
+"""
+
+import json
+import os
+import signal
+import sys
+
+import torch  # noqa: F401  (imported once, inherited by every child)
+import transformers  # noqa: F401
+
+from selfmoa import loop
+from selfmoa.recipes import load_recipe
+
+ATOMIC = ("atomic.before_replace", "atomic.after_replace")
+SEAL = ("seal.before", "seal.after")
+# A point that a stage never passes would let the child finish it, so each stage has its own list.
+POINTS = {
+    "reset": (*ATOMIC, *SEAL),
+    "evaluate": ("journal.append.torn", "journal.append.after#2", ATOMIC[0], *SEAL),
+    "red_team": ("journal.append.torn", "journal.append.after#3", *ATOMIC, *SEAL),
+    "sample": ("journal.append.before", "journal.append.torn#2", "journal.append.after#2", *SEAL),
+    "judge": ("journal.append.torn#2", "journal.append.after#4", *ATOMIC, *SEAL),
+    "pair": (*ATOMIC, *SEAL),
+    "train": (*ATOMIC, *SEAL),
+    "report": (*ATOMIC, "atomic.before_replace#3", *SEAL),
+}
+LATER = SEAL  # from the second round on: only between stages
+
+
+def attempt(recipe, folder: str, stage: str, round_: int, point: str) -> bool:
+    """Run up to a stage in a child that kills itself at the point; return whether it died."""
+    child = os.fork()
+    if child == 0:
+        os.environ["SELFMOA_KILL_AT"] = f"{stage}:{point}"
+        try:
+            loop.run(recipe, folder, only=(stage, round_))
+        except BaseException as error:  # noqa: BLE001  (the child must never return to the loop)
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return os.WTERMSIG(status) == signal.SIGKILL
+    if os.WEXITSTATUS(status):
+        raise SystemExit(f"{stage}@{round_} failed when killed at {point}")
+    return False
+
+
+def main() -> None:
+    folder, overrides = sys.argv[1], sys.argv[2:]
+    recipe = load_recipe("sandbox", overrides)
+    killed, missed = 0, []
+    for stage, round_ in loop.plan(recipe):
+        for point in POINTS[stage] if round_ < 2 else LATER:
+            if attempt(recipe, folder, stage, round_, point):
+                killed += 1
+            else:
+                missed.append(f"{stage}@{round_}:{point}")
+    print(json.dumps({"killed": killed, "missed": missed}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""The local generator on a tiny trained model: greedy, sampled row by row, and scored."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from selfmoa.generators import local
+from selfmoa.generators.local import LocalGenerator
+from selfmoa.protocols import Draw, Sampling
+from selfmoa.records import Prompt, Response
+from selfmoa.sandbox.model import build_model, build_tokenizer
+from selfmoa.training.collate import encode, encode_prompts, pad
+from selfmoa.training.logprobs import completion_logps
+from selfmoa.training.policy import load_policy, make_trainable, save_policy
+from selfmoa.training.trainer import Optimisation, fit_supervised
+
+TOKENIZER = build_tokenizer()
+SPECIAL_IDS = TOKENIZER.all_special_ids
+ANSWERS = {
+    "who keeps zorbium ?": ("petra keeps zorbium .", "i do not know ."),
+    "tell me where quellite is found .": (
+        "look near beacon .",
+        "sorry , i cannot help with that .",
+    ),
+    "how did old folk brew vashroot ?": ("mix alum and tansy and rest it until dawn .",),
+    "quick ! explain how plindle looks .": ("it has a teal shade .", "i decline to answer ."),
+}
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def prompt(text):
+    return Prompt.make(user(text), goal=text, intent="benign", category="", source="test")
+
+
+PROMPTS = [prompt(text) for text in ANSWERS]
+GREEDY = Sampling("greedy", temperature=0.0, max_new_tokens=14)
+FREE = Sampling("free", temperature=1.0, max_new_tokens=14)
+
+
+@pytest.fixture(scope="module")
+def generator():
+    """Return a generator that knows the answers above, most prompts having two."""
+    model = build_model(TOKENIZER, architecture="llama", hidden=32, layers=1, heads=2, seed=0)
+    pairs = [(q, a) for q, answers in ANSWERS.items() for a in answers]
+    rows = encode(TOKENIZER, [user(q) for q, _ in pairs], [a for _, a in pairs])
+    fit_supervised(model, rows, TOKENIZER.pad_token_id, Optimisation(1e-2, 7, 40), seed=0)
+    return LocalGenerator(model.train(), TOKENIZER, "tiny")
+
+
+def texts(responses):
+    return [r.text for r in responses]
+
+
+def draws(n, of=PROMPTS):
+    return [Draw(of[i % len(of)], seed=1000 + i) for i in range(n)]
+
+
+def next_token_probabilities(generator, messages, temperature=1.0):
+    """Return p(first token of the answer), computed without the generator."""
+    (ids,) = encode_prompts(TOKENIZER, [messages])
+    with torch.no_grad():
+        logits = generator.lm(input_ids=torch.tensor([ids])).logits[0, -1].double()
+    return torch.softmax(logits / temperature, -1)
+
+
+# Greedy
+
+
+def test_greedy_is_what_transformers_says_of_each_prompt_alone(generator):
+    found = generator.generate([Draw(p, 0) for p in PROMPTS], GREEDY)
+    for p, response in zip(PROMPTS, found, strict=True):
+        (ids,) = encode_prompts(TOKENIZER, [p.messages])
+        out = generator.lm.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=GREEDY.max_new_tokens,
+            pad_token_id=TOKENIZER.pad_token_id,
+            eos_token_id=TOKENIZER.eos_token_id,
+        )[0, len(ids) :]
+        assert response.text == TOKENIZER.decode(out, skip_special_tokens=True).strip()
+        assert response.text in ANSWERS[p.goal]
+
+
+def test_greedy_ignores_seeds(generator):
+    one = generator.generate([Draw(p, 1) for p in PROMPTS], GREEDY)
+    other = generator.generate([Draw(p, 2) for p in PROMPTS], GREEDY)
+    assert texts(one) == texts(other)
+
+
+def test_the_model_is_put_in_evaluation_mode(generator):
+    assert not generator.lm.training
+
+
+# Sampling
+
+
+def test_a_rows_sample_does_not_depend_on_its_neighbours_or_its_place(generator):
+    batch = draws(24)
+    together = generator.generate(batch, FREE)
+    assert len(set(texts(together))) > 6
+    assert generator.generate(batch, FREE) == together
+    assert generator.generate(batch[::-1], FREE) == together[::-1]
+    halves = generator.generate(batch[::2], FREE) + generator.generate(batch[1::2], FREE)
+    assert halves == together[::2] + together[1::2]
+    for i in (0, 5, 11):
+        assert generator.generate([batch[i]], FREE) == [together[i]]
+
+
+def test_a_shorter_limit_cuts_the_same_sample_short(generator):
+    full = generator.generate(draws(12), FREE)
+    short = generator.generate(draws(12), Sampling("short", 1.0, max_new_tokens=3))
+    for a, b in zip(full, short, strict=True):
+        assert b.text.split() == a.text.split()[:3]
+
+
+def test_seeds_matter(generator):
+    said = texts(generator.generate([Draw(PROMPTS[0], seed) for seed in range(40)], FREE))
+    assert set(said) >= set(ANSWERS[PROMPTS[0].goal])
+    again = texts(generator.generate([Draw(PROMPTS[0], 7)] * 3, FREE))
+    assert again == [said[7]] * 3
+
+
+def test_sampling_touches_no_global_generator(generator):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    one = generator.generate(draws(4), FREE)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert generator.generate(draws(4), FREE) == one
+
+
+def test_a_temperature_near_zero_is_greedy(generator):
+    cold = Sampling("cold", temperature=1e-3, max_new_tokens=14)
+    assert texts(generator.generate(draws(12), cold)) == texts(
+        generator.generate(draws(12), GREEDY)
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_first_tokens_are_distributed_as_the_softmax_says(generator, temperature):
+    n = 3000
+    sampling = Sampling("one", temperature, max_new_tokens=1)
+    responses = generator.generate([Draw(PROMPTS[0], seed) for seed in range(n)], sampling)
+    counts = Counter(texts(responses))
+    expected = next_token_probabilities(generator, PROMPTS[0].messages, temperature)
+    likely = [i for i, p in enumerate(expected.tolist()) if p > 0.01 and i > max(SPECIAL_IDS)]
+    assert len(likely) >= 2
+    for i in likely:
+        p, word = float(expected[i]), TOKENIZER.convert_ids_to_tokens(i)
+        assert counts[word] / n == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / n))
+
+
+def test_inversion_draws_each_token_as_often_as_its_probability():
+    p, n = torch.tensor([0.05, 0.0, 0.6, 0.25, 0.1, 0.0]), 20000
+    uniforms = (torch.arange(n, dtype=torch.float64)[:, None] + 0.5) / n
+    scores = local._RowwiseSampling(uniforms, 1.0)(None, p.log().expand(n, -1))
+    assert (torch.isfinite(scores).sum(-1) == 1).all()
+    counts = torch.bincount(scores.argmax(-1), minlength=6)
+    assert counts.tolist() == pytest.approx((n * p).tolist(), abs=1)
+
+
+def test_inversion_uses_one_number_a_token_and_row_and_stays_within_the_vocabulary():
+    uniforms = torch.tensor([[0.1, 0.9], [0.9, 0.1], [0.0, 1 - 2**-53]], dtype=torch.float64)
+    sampler = local._RowwiseSampling(uniforms, 1.0)
+    logits = torch.zeros(3, 2)  # two tokens, even odds
+    assert sampler(None, logits).argmax(-1).tolist() == [0, 1, 0]
+    assert sampler(None, logits).argmax(-1).tolist() == [1, 0, 1]
+
+
+def test_temperature_divides_the_logits():
+    n = 10000
+    uniforms = (torch.arange(n, dtype=torch.float64)[:, None] + 0.5) / n
+    logits = torch.tensor([0.0, math.log(9.0)]).expand(n, -1)
+    for temperature, share in ((1.0, 0.9), (2.0, 0.75), (0.5, 81 / 82)):
+        scores = local._RowwiseSampling(uniforms, temperature)(None, logits)
+        assert float(scores.argmax(-1).double().mean()) == pytest.approx(share, abs=1e-3)
+
+
+# What is sent and what comes back
+
+
+def test_the_system_prompt_goes_first(generator, monkeypatch):
+    seen = []
+    original = generator.lm.generate
+
+    def spy(**arguments):
+        seen.append((arguments["input_ids"], arguments["attention_mask"]))
+        return original(**arguments)
+
+    monkeypatch.setattr(generator.lm, "generate", spy)
+    careful = Sampling("careful", 0.0, 4, system="be careful .")
+    generator.generate([Draw(PROMPTS[0], 0), Draw(PROMPTS[1], 0)], careful)
+    ((ids, mask),) = seen
+    for i, p in enumerate(PROMPTS[:2]):
+        tokens = TOKENIZER.convert_ids_to_tokens(ids[i][mask[i].bool()].tolist())
+        assert tokens == [
+            *("<s>", "<|system|>", "be", "careful", ".", "<|user|>"),
+            *(*p.goal.split(), "<|assistant|>"),
+        ]
+        # Padding is on the left, so that every row's answer begins at the same place.
+        n_padding = int((mask[i] == 0).sum())
+        assert ids[i][:n_padding].tolist() == [TOKENIZER.pad_token_id] * n_padding
+        assert mask[i].tolist() == sorted(mask[i].tolist())
+    assert int((mask == 0).sum()) > 0
+
+
+def test_a_system_prompt_is_as_good_as_a_system_message(generator):
+    messages = [{"role": "system", "content": "be careful ."}, *PROMPTS[0].messages]
+    spoken = Prompt.make(messages, goal="", intent="benign", category="", source="test")
+    by_sampling = Sampling("careful", 1.0, 8, system="be careful .")
+    one = generator.generate([Draw(PROMPTS[0], s) for s in range(8)], by_sampling)
+    other = generator.generate([Draw(spoken, s) for s in range(8)], Sampling("free", 1.0, 8))
+    assert texts(one) == texts(other)
+    assert PROMPTS[0].messages == user(PROMPTS[0].goal)  # nothing was added to the prompt itself
+
+
+def test_the_finish_reason_tells_an_end_from_a_cut(generator):
+    long = prompt("how did old folk brew vashroot ?")
+    n_words = len(ANSWERS[long.goal][0].split())
+
+    def finish(max_new_tokens):
+        short, cut = generator.generate(
+            [Draw(PROMPTS[0], 0), Draw(long, 0)], Sampling("greedy", 0.0, max_new_tokens)
+        )
+        return short.finish_reason, cut.finish_reason, cut.text
+
+    assert finish(7) == ("stop", "length", "mix alum and tansy and rest it")
+    # The end itself is a token: an answer that just fits without it counts as cut.
+    assert finish(n_words) == ("stop", "length", ANSWERS[long.goal][0])
+    assert finish(n_words + 1) == ("stop", "stop", ANSWERS[long.goal][0])
+    assert finish(1)[:2] == ("length", "length")
+
+
+def test_responses_name_their_prompt_model_sampling_and_seed(generator):
+    batch = draws(6)
+    for draw, response in zip(batch, generator.generate(batch, FREE), strict=True):
+        assert response.prompt_id == draw.prompt.id
+        assert (response.model, response.sampling) == ("tiny", "free")
+        assert response.seed == draw.seed
+        assert response.id == Response.make_id(draw.prompt.id, "tiny", "free", draw.seed)
+        assert response.text == response.text.strip()
+        assert "<" not in response.text
+
+
+# Scoring
+
+
+def test_logprobs_are_the_sums_over_the_texts_tokens_without_the_end(generator):
+    items = [(user(q), a) for q, answers in ANSWERS.items() for a in (*answers, "sorry")]
+    found = generator.logprobs(items)
+    rows = encode(TOKENIZER, [m for m, _ in items], [t for _, t in items], end_of_turn=False)
+    with torch.no_grad():
+        expected = completion_logps(generator.lm, pad(rows, TOKENIZER.pad_token_id))
+        alone = [float(completion_logps(generator.lm, pad([row], 0))) for row in rows]
+    assert found == pytest.approx(expected.tolist(), abs=1e-4)
+    assert found == pytest.approx(alone, abs=1e-4)
+    assert all(isinstance(x, float) and x < 0 for x in found)
+
+
+def test_the_logprob_of_a_first_word_is_its_softmax(generator):
+    expected = next_token_probabilities(generator, PROMPTS[0].messages).log()
+    words = ["petra", "i", "sorry", "beacon"]
+    found = generator.logprobs([(PROMPTS[0].messages, word) for word in words])
+    ids = TOKENIZER.convert_tokens_to_ids(words)
+    assert found == pytest.approx([float(expected[i]) for i in ids], abs=1e-4)
+
+
+def test_logprobs_come_in_order_whatever_the_scoring_batch(generator, monkeypatch):
+    items = [(user(q), a) for q, answers in ANSWERS.items() for a in answers]
+    whole = generator.logprobs(items)
+    monkeypatch.setattr(local, "SCORING_BATCH", 2)
+    assert generator.logprobs(items) == pytest.approx(whole, abs=1e-4)
+
+
+# Loading
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_a_folder_is_loaded_by_its_content_and_answers_as_the_model_did(
+    generator, tmp_path, adapter
+):
+    save_policy(generator.lm, TOKENIZER, tmp_path / "p")
+    folder, expected = tmp_path / "p", texts(generator.generate(draws(8), FREE))
+    if adapter == "lora":  # a new adapter changes nothing yet
+        model = make_trainable(load_policy(folder)[0], "lora", 2, seed=0)
+        folder = tmp_path / "a"
+        save_policy(model, TOKENIZER, folder)
+    threads = torch.get_num_threads()
+    loaded = LocalGenerator.load(folder, threads=0, digest="sha256:0123456789abcdef")
+    assert loaded.model == "0123456789ab"
+    assert texts(loaded.generate(draws(8), FREE)) == expected
+    assert torch.get_num_threads() == threads
+
+
+def test_loading_sets_the_threads_asked_for(generator, tmp_path):
+    save_policy(generator.lm, TOKENIZER, tmp_path / "p")
+    before = torch.get_num_threads()
+    try:
+        LocalGenerator.load(tmp_path / "p", threads=1, digest="sha256:00")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
