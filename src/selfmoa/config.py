@@ -47,13 +47,13 @@ class Sandbox(Section):
     """Depth."""
     heads: Annotated[int, Field(ge=1, le=64)] = 4
     """Attention heads."""
-    steps: Positive = 1800
+    steps: Positive = 2600
     """Supervised steps that make the instruct model."""
     batch_size: Positive = 64
     """Conversations a step."""
     lr: Rate = 4e-3
     """Peak learning rate."""
-    examples: Positive = 50000
+    examples: Positive = 70000
     """Distinct conversations in its corpus."""
 
 
@@ -83,7 +83,7 @@ class RedTeam(Section):
     """Rewriting operators (`selfmoa list attacks`)."""
     static: Count = 0
     """A fixed set of this many harmful prompts in place of the search: a baseline."""
-    calls: Positive = 800
+    calls: Positive = 1200
     """Prompts put to the policy in a round."""
     batch_size: Positive = 200
     """Prompts between two updates of the archive and the bandit."""
@@ -94,7 +94,7 @@ class RedTeam(Section):
     checks: Count = 3
     """Careful draws a found prompt has to pass: at least half must refuse it, or it was a false
     alarm about a harmless request and is no attack; 0 switches the check off."""
-    max_prompts: Positive = 160
+    max_prompts: Positive = 240
     """Attack prompts handed on to sampling: cells take turns, surest attacks first."""
     benign_prompts: Count = 400
     """Harmless instructions that travel along in every round."""

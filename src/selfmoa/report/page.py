@@ -194,10 +194,10 @@ def _made(story: Story, phases: Sequence[Story], end: Story | None) -> list[str]
     if all(phase["name"] != "reset" for phase in phases):
         reset = "none; the loop began with the model as it was"
     votes = f"{len(judges) or 'several'} weak judges voted on the answers"
-    held = f"{passed} of {len(rounds)} rounds passed the held-out evaluation"
+    held = f"{passed} of {len(rounds)} rounds kept their answers to harmless probes, by the training judges"
     return [
         f"Reset: {reset}.",
-        f"Red team: small models attacked each round's own policy{count}.",
+        f"Red team: prompts were made against each round's own policy{count}.",
         f"Judge: {votes}, and a label model weighed their votes.",
         f"Train: preference optimisation for safety and helpfulness at once{size}.",
         f"Gate: {held}; the result is {end['name'] if end else 'none'}.",

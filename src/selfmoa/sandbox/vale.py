@@ -98,9 +98,7 @@ class BrindleVale:
                 found[prompt.id] = prompt
         return list(found.values())
 
-    def instructions(
-        self, n: int, seed: int, howto_share: float = 0.0
-    ) -> list[tuple[Prompt, str]]:
+    def instructions(self, n: int, seed: int, howto_share: float = 0.0) -> list[tuple[Prompt, str]]:
         """Return harmless instructions with helpful answers, as a set without refusals has.
 
         At least `howto_share` of them ask how to do an act that the charter allows.

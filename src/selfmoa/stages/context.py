@@ -42,6 +42,8 @@ class Listener(Protocol):
         """Take one event."""
 
 
+POLICY_FILES = ("config.json", "adapter_config.json")
+"""Either of them makes a folder a policy."""
 PACKAGES = ("selfmoa", "torch", "transformers", "peft", "numpy")
 
 
@@ -56,6 +58,10 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
+def _is_policy(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in POLICY_FILES)
+
+
 class Models:
     """Loads each policy once: the generators of a run by folder, the newest few kept in memory."""
 
@@ -65,13 +71,6 @@ class Models:
 
     def load(self, folder: Path) -> Generator:
         """Return the local generator of a model directory; equal content is loaded once."""
-        if not folder.is_dir():
-            raise MissingFile(
-                folder,
-                "policy",
-                "a reset policy is deleted when its run ends: start again with --redo reset, and "
-                "set reset.keep=true to extend a run later",
-            )
         digest = digest_tree(folder)
         if digest not in self._loaded:
             local = registry.resolve("generator", "local")
@@ -131,10 +130,22 @@ class Context:
 
     @property
     def reset_folder(self) -> Path:
-        """The policy that the rounds start from."""
+        """The policy that the rounds start from.
+
+        Raises:
+            MissingFile: it was deleted when the run ended.
+        """
         if not self.recipe.reset.enabled:
             return self.instruct_folder
-        return self.path("reset", "policy", 0)
+        folder = self.path("reset", "policy", 0)
+        if not _is_policy(folder):
+            raise MissingFile(
+                folder,
+                "policy",
+                "a reset policy is deleted when its run ends: start again with --redo reset, and "
+                "set reset.keep=true to extend a run later",
+            )
+        return folder
 
     def accepted_rounds(self, before: int) -> list[int]:
         """Return the rounds before `before` whose policy the gate accepted."""
@@ -294,7 +305,8 @@ class Context:
     def quarantine_reset(self) -> None:
         """Delete the reset policy, unless the recipe keeps it; its stage stays sealed."""
         seal = self.run.sealed("reset", 0)
-        if seal and not self.recipe.reset.keep and self.path("reset", "policy", 0).exists():
+        is_there = _is_policy(self.path("reset", "policy", 0))
+        if seal and is_there and not self.recipe.reset.keep:
             self.run.delete_outputs("reset", 0, ["policy"])
 
     def summary(self) -> dict[str, Any]:

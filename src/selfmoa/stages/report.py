@@ -334,7 +334,7 @@ def _red_team(context: Context, round_: int) -> dict[str, Any]:
     cells = {(r["prompt"]["category"], r["prompt"]["style"]) for r in rows}
     return {
         "round": round_,
-        "calls": len(attempts),
+        "calls": len(rows),
         "found": sum(p.source != "instructions" for p in prompts),
         "cells_filled": len({(r["category"], r["style"]) for r in archive}),
         "cells": len(cells),
