@@ -1,6 +1,8 @@
 """Run the tiny loop in forked children that kill themselves at named points, one after another.
 
-    python kill_driver.py RUN_FOLDER [OVERRIDE ...]   -> one JSON line: {"killed": n, "missed": [...]}
+    python kill_driver.py RUN_FOLDER [OVERRIDE ...]
+
+prints one JSON line: {"killed": n, "missed": [...]}.
 
 Forking spares every attempt the second that importing torch takes. The parent never computes, so
 no thread is lost in a fork.
@@ -41,7 +43,7 @@ def attempt(recipe, folder: str, stage: str, round_: int, point: str) -> bool:
         try:
             loop.run(recipe, folder, only=(stage, round_))
         except BaseException as error:  # noqa: BLE001  (the child must never return to the loop)
-            print(repr(error), file=sys.stderr)
+            sys.stderr.write(f"{error!r}\n")
             os._exit(1)
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -62,7 +64,7 @@ def main() -> None:
                 killed += 1
             else:
                 missed.append(f"{stage}@{round_}:{point}")
-    print(json.dumps({"killed": killed, "missed": missed}))
+    sys.stdout.write(json.dumps({"killed": killed, "missed": missed}) + "\n")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from selfmoa.training.preference import (
 )
 from selfmoa.training.trainer import (
     Optimisation,
+    apply_step,
     batches_by_length,
     fit_supervised,
     learning_rate,
@@ -229,7 +230,9 @@ def test_supervised_loss_is_a_mean_over_tokens_weighted_by_row_and_blind_to_padd
     )
     batch = pad([Row([1, 0], 1), Row([1, 1, 0], 1, weight=3.0)], 1)
     expected = (math.log(2) + 3 * 2 * math.log(4)) / (1 + 3 * 2)
-    assert float(weighted_nll(Scripted(logits), batch)) == pytest.approx(expected, rel=1e-6)
+    for prompt_weight in (0.0, 1.0):  # the prompts are one token, which nothing predicts
+        found = weighted_nll(Scripted(logits), batch, prompt_weight)
+        assert float(found) == pytest.approx(expected, rel=1e-6)
 
 
 def test_forward_kl_by_hand_counts_answer_tokens_only():
@@ -280,7 +283,7 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth_along_a_cosine():
 def test_even_the_shortest_schedules_are_positive_and_start_at_the_peak(steps):
     settings = Optimisation(lr=1.0, batch_size=1, steps=steps)
     rates = [learning_rate(step, settings) for step in range(steps)]
-    assert rates[0] == 1.0
+    assert rates[:2] == [1.0] * min(steps, 2)  # a warm-up of one step
     assert all(0.1 <= rate <= 1.0 for rate in rates)
 
 
@@ -310,6 +313,11 @@ def test_batches_are_deterministic_differ_by_seed_and_stop_when_told():
     assert len(batches(0, steps=7)) == 7
     assert batches(0, steps=7) == batches(0)[:7]
     assert batches(0, steps=0) == []
+
+
+def test_pools_are_cut_from_a_shuffle():
+    first, *_ = batches_by_length([5] * 400, 4, 100, seed=0)
+    assert max(first) - min(first) > 4 * 8  # not from one stretch of the rows
 
 
 def test_rows_of_like_length_share_a_batch():
@@ -378,6 +386,15 @@ def test_only_trainable_weights_are_optimised():
         len(g["params"]) for g in make_optimizer(model, Optimisation(1, 1, 1)).param_groups
     )
     assert n_groups == len(before) - 1
+
+
+def test_a_step_is_taken_at_the_rate_of_the_schedule():
+    model, settings = tiny(), Optimisation(lr=0.3, batch_size=4, steps=10, warmup=0.4)
+    optimizer = make_optimizer(model, settings)
+    for step in (0, 3, 9):
+        loss = weighted_nll(model, pad(rows_of(), PAD))
+        assert apply_step(model, optimizer, loss, step, settings) > 0
+        assert {g["lr"] for g in optimizer.param_groups} == {learning_rate(step, settings)}
 
 
 def test_gradients_are_clipped():
@@ -507,6 +524,26 @@ def test_anchors_hold_the_policy_near_its_reference():
     assert held_log[-1]["accuracy"] == 1.0
 
 
+def test_the_anchor_is_the_kl_from_the_reference_to_the_policy():
+    anchors = rows_of()
+    model, reference = tiny(0), frozen_copy(tiny(1))
+    batch = pad(anchors, PAD)
+    with torch.no_grad():
+        ours, theirs = forward_logits(model, batch), forward_logits(reference, batch)
+        expected = float(forward_kl(ours, theirs, batch))
+        reverse = float(forward_kl(theirs, ours, batch))
+    assert abs(expected - reverse) > 1e-3
+    log = prefer(
+        model,
+        reference=reference,
+        anchors=anchors,
+        anchor_weight=1.0,
+        starts_at_reference=False,
+        steps=1,
+    )
+    assert log[0]["anchor_kl"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_preference_training_is_deterministic():
     anchors = rows_of()
 
@@ -551,7 +588,7 @@ def test_flip_probabilities_and_safety_bits_travel_with_their_pair():
         "helpfulness": Objective(LOSSES["bfpo"], LossSettings(0.1, (1.0,)), ("safety",)),
     }
     rows = encode_pairs(
-        TOKENIZER, [*pairs_of(flip=0.4)[:1], *pairs_of("helpfulness")[:1]], objectives
+        TOKENIZER, [*pairs_of("helpfulness")[:1], *pairs_of(flip=0.4)[:1]], objectives
     )
     zeros = torch.zeros(2)
     logps = PairLogps(
@@ -562,7 +599,7 @@ def test_flip_probabilities_and_safety_bits_travel_with_their_pair():
     )
     right, wrong = math.log1p(math.exp(-0.4)), math.log1p(math.exp(0.4))
     # BFPO of two safe ones: target 0.5 / beta = 5, h = 4.
-    expected = [0.6 * right + 0.4 * wrong, 1.0]
+    expected = [1.0, 0.6 * right + 0.4 * wrong]
     found = preference._losses(logps, rows, objectives)
     assert found.tolist() == pytest.approx(expected, rel=1e-5)
 
@@ -680,6 +717,7 @@ def test_an_adapter_is_read_back_on_its_base_by_us_and_by_peft(base, tmp_path):
     assert_close(logits_of(theirs), expected)
     folded = merged(ours)
     assert not isinstance(folded, PeftModel)
+    assert not any("lora" in name for name, _ in folded.named_parameters())
     assert_close(logits_of(folded), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -788,6 +826,9 @@ def test_best_of_k_trains_on_the_chosen_sides(base, tmp_path):
     log = fit(base, tmp_path / "out", loss="sft", epochs=8.0)
     assert log[-1]["loss"] < log[0]["loss"]
     rows = encode_pairs(TOKENIZER, pairs_of(), OBJECTIVES)
+    with torch.no_grad():
+        first = weighted_nll(load_policy(base)[0], pad([r.chosen for r in rows], PAD))
+    assert log[0]["loss"] == pytest.approx(float(first), rel=1e-5)
     before, after = (load_policy(folder)[0].eval() for folder in (base, tmp_path / "out"))
     gains = [naive_logp(after, r.chosen) - naive_logp(before, r.chosen) for r in rows]
     assert min(gains) > 0

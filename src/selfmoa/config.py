@@ -62,13 +62,13 @@ class Reset(Section):
 
     enabled: bool = True
     """False starts the rounds from the instruct model as it is."""
-    steps: Positive = 120
+    steps: Positive = 300
     """Optimiser steps."""
     batch_size: Positive = 64
     """Instructions a step."""
     lr: Rate = 1e-3
     """Peak learning rate."""
-    examples: Positive = 2000
+    examples: Positive = 6000
     """Instructions drawn from the world."""
     howto_share: Share = 0.8
     """Share of how-to instructions at least: they wear off refusals of how-to requests best."""

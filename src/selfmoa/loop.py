@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfmoa import registry
-from selfmoa.errors import RecipeError
+from selfmoa.errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 START = ("reset", "evaluate")
 ROUND = ("red_team", "sample", "judge", "pair", "train", "evaluate")
+OBJECTIVES = ("safety", "helpfulness", "refusal")
 UNNOTED = ("progress", "building", "run_done")
 """Events that are for the moment only and enter no log."""
 
@@ -80,6 +81,7 @@ def run(
     Raises:
         SelfmoaError: with a sentence a user can act on; what is sealed stays.
     """
+    refuse_unworkable(recipe, only)
     from selfmoa.rundir import RunDir
     from selfmoa.stages.context import Context, installed_versions
 
@@ -114,6 +116,68 @@ def run(
             headline=summary["headline"],
         )
         return summary
+
+
+def refuse_unworkable(recipe: Recipe, only: tuple[str, int | None] | None = None) -> None:
+    """Find what would stop a run half-way, before anything is opened or built.
+
+    Raises:
+        UnknownPlugin: the recipe names a plug-in that nobody registered.
+        MissingExtra: a plug-in needs a package that is not installed.
+        BrokenPlugin: a plug-in does not load.
+        RecipeError: the named judges or attacks cannot do the work, or `only` is never reached.
+    """
+    if only and not any(only in (key, (key[0], None)) for key in plan(recipe)):
+        where = only[0] if only[1] is None else f"{only[0]} --round {only[1]}"
+        raise RecipeError(f"--stage {where}", f"a run of {recipe.rounds} rounds has no such stage")
+    registry.resolve("world", recipe.policy.world)
+    for name in recipe.red_team.attacks:
+        registry.resolve("attack", name)
+    if not recipe.red_team.attacks and not recipe.red_team.static:
+        raise RecipeError("red_team.attacks", "it is empty; name one or set red_team.static")
+    _refuse_judges(recipe)
+    if unknown := sorted(recipe.train.weights.keys() - OBJECTIVES):
+        raise RecipeError(
+            "train.weights",
+            f"there is no objective '{unknown[0]}'{did_you_mean(unknown[0], OBJECTIVES)}",
+        )
+    if recipe.train.loss != "sft":
+        registry.resolve("loss", recipe.train.loss)
+
+
+def _refuse_judges(recipe: Recipe) -> None:
+    """Refuse unknown, missing and misplaced judges, and too few kinds of them.
+
+    A plug-in that is a function tells objective and family only of the judge it returns: the
+    stages look at those.
+    """
+    from selfmoa.labelmodel import MIN_FAMILIES
+
+    weak, grades = recipe.judge, recipe.evaluate.judges
+    for objective in OBJECTIVES:
+        if objective not in grades:
+            raise RecipeError("evaluate.judges", f"there is no judge of {objective}")
+    named = [
+        *(("judge.safety", "safety", name) for name in weak.safety),
+        ("judge.helpfulness", "helpfulness", weak.helpfulness),
+        ("judge.refusal", "refusal", weak.refusal),
+        *((f"evaluate.judges.{objective}", objective, grades[objective]) for objective in grades),
+    ]
+    families = set()
+    for key, objective, name in named:
+        judge = registry.resolve("judge", name)
+        judges = getattr(judge, "objective", objective)
+        if judges != objective:
+            raise RecipeError(key, f"judge '{name}' is of {judges}, not of {objective}")
+        if key == "judge.safety":
+            families.add(getattr(judge, "family", name))
+    if len(families) < MIN_FAMILIES:
+        raise RecipeError(
+            "judge.safety",
+            f"{len(weak.safety)} judges of {len(families)} families "
+            f"({', '.join(sorted(families)) or 'none'}); a label model without gold labels needs "
+            f"{MIN_FAMILIES} independent families: add judges of other kinds",
+        )
 
 
 def plan(recipe: Recipe) -> list[tuple[str, int]]:
@@ -187,6 +251,8 @@ def compare(
     """
     from selfmoa.comparison import tabulate
 
+    for recipe in recipes:
+        refuse_unworkable(recipe)
     summaries: dict[str, list[dict[str, Any]]] = {}
     for recipe in recipes:
         for seed in seeds:

@@ -194,7 +194,7 @@ def _made(story: Story, phases: Sequence[Story], end: Story | None) -> list[str]
     if all(phase["name"] != "reset" for phase in phases):
         reset = "none; the loop began with the model as it was"
     votes = f"{len(judges) or 'several'} weak judges voted on the answers"
-    held = f"{passed} of {len(rounds)} rounds kept their answers to harmless probes, by the training judges"
+    held = f"{passed} of {len(rounds)} rounds still answered harmless probes, by the weak judges"
     return [
         f"Reset: {reset}.",
         f"Red team: prompts were made against each round's own policy{count}.",
