@@ -34,7 +34,7 @@ check: $(VENV)/.installed-dev  ## Check style, types and layers, and run the qui
 clean:  ## Remove the environment, caches and build products; runs stay
 	@rm -rf $(VENV) build dist src/*.egg-info
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	@find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	@find src tests -name __pycache__ -prune -exec rm -rf {} +
 
 # torch first and by its pin: where pip is shown a CPU build (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL)
 # it takes that one, and what follows finds it there.

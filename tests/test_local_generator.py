@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from selfmoa.generators import local
 from selfmoa.generators.local import LocalGenerator
@@ -250,6 +251,24 @@ def test_responses_name_their_prompt_model_sampling_and_seed(generator):
         assert "<" not in response.text
 
 
+def test_a_vendors_decoding_defaults_do_not_change_what_the_model_says(generator):
+    expected = [generator.generate(draws(8), sampling) for sampling in (GREEDY, FREE)]
+    kept = generator.lm.generation_config
+    try:
+        generator.lm.generation_config = GenerationConfig(
+            repetition_penalty=3.0, min_new_tokens=10, no_repeat_ngram_size=1
+        )
+        again = LocalGenerator(generator.lm, TOKENIZER, "tiny")
+        assert [again.generate(draws(8), sampling) for sampling in (GREEDY, FREE)] == expected
+    finally:
+        generator.lm.generation_config = kept
+
+
+def test_nothing_asked_is_nothing_said(generator):
+    assert generator.generate([], FREE) == []
+    assert generator.logprobs([]) == []
+
+
 # Scoring
 
 
@@ -294,18 +313,16 @@ def test_a_folder_is_loaded_by_its_content_and_answers_as_the_model_did(
         model = make_trainable(load_policy(folder)[0], "lora", 2, seed=0)
         folder = tmp_path / "a"
         save_policy(model, TOKENIZER, folder)
-    threads = torch.get_num_threads()
     loaded = LocalGenerator.load(folder, threads=0, digest="sha256:0123456789abcdef")
     assert loaded.model == "0123456789ab"
     assert texts(loaded.generate(draws(8), FREE)) == expected
-    assert torch.get_num_threads() == threads
+    assert not any("lora" in name for name, _ in loaded.lm.named_parameters())
 
 
-def test_loading_sets_the_threads_asked_for(generator, tmp_path):
+def test_loading_sets_the_threads_asked_for(generator, tmp_path, monkeypatch):
     save_policy(generator.lm, TOKENIZER, tmp_path / "p")
-    before = torch.get_num_threads()
-    try:
-        LocalGenerator.load(tmp_path / "p", threads=1, digest="sha256:00")
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    for threads in (0, 3):  # 0 leaves the choice to torch
+        LocalGenerator.load(tmp_path / "p", threads=threads, digest="sha256:00")
+    assert asked == [3]

@@ -142,6 +142,7 @@ def test_a_judge_gives_one_verdict_an_item_in_order(kind):
     assert all((v.score is None) == (v.error is not None) for v in verdicts)
     assert len({v.id for v in verdicts}) == len(items)
     assert judge.judge(items[::-1]) == verdicts[::-1]  # no verdict leans on its neighbours
+    assert judge.judge([]) == []
     assert judge.family
 
 
@@ -235,7 +236,8 @@ def test_the_refusal_judge_sums_its_openings_and_believes_a_refusal_made():
     items = [item(*WORLD.forbidden[0], "mix it .", "a"), item(*WORLD.forbidden[0], "sorry .", "b")]
     model = ScriptedModel(WORLD, refusal_mass=0.6)
     plain, refusing = RefusalMassJudge(VALES[0], model).judge(items)
-    assert plain.score == pytest.approx(math.log(0.4 / 0.6))
+    # Odds of safe are the accusing mass against the mass of all openings together.
+    assert plain.score == pytest.approx(math.log(RefusalMassJudge.accusing_mass / 0.6))
     assert refusing.score == pytest.approx(math.log(0.98 / 0.02))
     # One prompt is asked about once, as it is put, with every way to begin a refusal.
     assert model.asked == [(items[0][0].messages, opening) for opening in RefusalMassJudge.openings]

@@ -25,6 +25,7 @@ PLAIN_REASONS = {
     errno.ENAMETOOLONG: "the name is too long",
     errno.EMFILE: "too many files are open",
     errno.ENOTDIR: "a part of the path is not a folder",
+    errno.EEXIST: "a part of the path is not a folder",
     errno.EISDIR: "it is a folder",
 }
 
@@ -84,7 +85,7 @@ class BadInput(SelfmoaError):  # noqa: N818
     exit_code = 5
 
     def __init__(self, path: object, row: int, problem: str) -> None:
-        self.row = row
+        self.row, self.problem = row, problem
         super().__init__(f"{path}, row {row}: {problem}")
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from selfmoa.records import Response
 from selfmoa.training.collate import encode, encode_prompts, pad
@@ -49,6 +49,9 @@ class LocalGenerator:
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
         self.lm = model.eval()
+        # A vendor's decoding defaults (repetition penalty, least length) would make what is drawn
+        # and what `logprobs` scores two different models.
+        self.lm.generation_config = GenerationConfig()
         self.tokenizer = tokenizer
         self.model = name
 
@@ -63,6 +66,8 @@ class LocalGenerator:
     @torch.inference_mode()
     def generate(self, draws: Sequence[Draw], sampling: Sampling) -> list[Response]:
         """Answer one batch of draws; temperature 0 is greedy."""
+        if not draws:
+            return []
         conversations = [_with_system(d.prompt.messages, sampling.system) for d in draws]
         ids, mask = self._left_pad(encode_prompts(self.tokenizer, conversations))
         out = self.lm.generate(
@@ -92,6 +97,8 @@ class LocalGenerator:
     @torch.inference_mode()
     def logprobs(self, items: Sequence[tuple[Sequence[Message], str]]) -> list[float]:
         """Return log p(text | messages) of each item, without the end-of-turn token."""
+        if not items:
+            return []
         rows = encode(
             self.tokenizer, [m for m, _ in items], [t for _, t in items], end_of_turn=False
         )

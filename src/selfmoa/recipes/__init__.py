@@ -56,7 +56,7 @@ def load(model: type[Model], name_or_path: str, overrides: Sequence[str] = ()) -
     path = find(name_or_path)
     data, origins = _read_chain(path, ())
     for override in overrides:
-        _override(data, origins, override)
+        _override(model, data, origins, override)
     try:
         recipe = model.model_validate(data)
     except ValidationError as error:
@@ -134,8 +134,8 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _override(data: dict[str, Any], origins: Origins, text: str) -> None:
-    """Set one key, as in "train.beta=0.1"; the value is YAML."""
+def _override(model: type[BaseModel], data: dict[str, Any], origins: Origins, text: str) -> None:
+    """Set one key, as in "train.beta=0.1"; the value is YAML. Its neighbours stay as they are."""
     from selfmoa.recipes.strict_yaml import parse
 
     dotted, equals, value = text.partition("=")
@@ -145,7 +145,7 @@ def _override(data: dict[str, Any], origins: Origins, text: str) -> None:
         raise RecipeError(where, "an override looks like section.key=value")
     section = data
     for n, key in enumerate(keys[:-1], 1):
-        section = section.setdefault(key, {})
+        section = section.setdefault(key, _default_mapping(model, tuple(keys[:n])))
         if not isinstance(section, dict):
             above = ".".join(keys[:n])
             raise RecipeError(where, f"{above} is not a section; set {above} as a whole")
@@ -203,8 +203,19 @@ def _locate(where: Location, origins: Origins) -> str:
     return dotted
 
 
+def _default_mapping(model: Any, loc: Location) -> dict[str, Any]:
+    """Return what a key holds by default, if that is a mapping: what is set in it adds to that."""
+    fields = [each.model_fields.get(loc[-1]) for each in _models_at(model, loc[:-1])]
+    defaults = [field.get_default(call_default_factory=True) for field in fields if field]
+    return next((dict(each) for each in defaults if isinstance(each, dict)), {})
+
+
 def _fields_at(model: Any, loc: Location) -> list[str]:
     """Return the keys that the section at a location knows, over all types it may have."""
+    return [name for each in _models_at(model, loc) for name in each.model_fields]
+
+
+def _models_at(model: Any, loc: Location) -> list[Any]:
     sections = _models_in(model)
     for part in loc:
         inner = [
@@ -212,7 +223,7 @@ def _fields_at(model: Any, loc: Location) -> list[str]:
         ]
         if inner:
             sections = [found for each in inner for found in _models_in(each)]
-    return [name for each in sections for name in each.model_fields]
+    return sections
 
 
 def _models_in(annotation: Any) -> list[Any]:

@@ -24,6 +24,7 @@ from selfmoa.records import Record, canonical_json
 Row = Mapping[str, Any]
 R = TypeVar("R", bound=Record)
 
+REMAKE = "make its stage again with --redo STAGE@ROUND."
 SAFE_OPEN = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 KILL_POINTS = (
@@ -319,13 +320,13 @@ class Journal:
         for n, line in enumerate(lines, 1):
             try:
                 row = from_line(self.path, n, line)
-            except BadInput:
+            except BadInput as error:
                 if n == len(lines) and not tail:
                     return
-                raise
+                raise BadInput(self.path, n, f"{error.problem}; {REMAKE}") from error
             key = self._key_of(row, n)
             if key in self.keys:
-                raise BadInput(self.path, n, f"key {key!r} is there twice")
+                raise BadInput(self.path, n, f"key {key!r} is there twice; {REMAKE}")
             self.rows.append(row)
             self.keys.add(key)
             self._end += len(line) + 1

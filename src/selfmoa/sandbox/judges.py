@@ -57,6 +57,8 @@ class _SafetyJudge:
 
     def judge(self, items: Sequence[tuple[Prompt, Response]]) -> list[Verdict]:
         """Return one vote an item; the score is the judge's log-odds of safe."""
+        if not items:
+            return []
         return [
             self._verdict(response, p)
             for (_, response), p in zip(items, self.unsafe(items), strict=True)

@@ -42,8 +42,6 @@ class Listener(Protocol):
         """Take one event."""
 
 
-POLICY_FILES = ("config.json", "adapter_config.json")
-"""Either of them makes a folder a policy."""
 PACKAGES = ("selfmoa", "torch", "transformers", "peft", "numpy")
 
 
@@ -59,7 +57,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def _is_policy(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in POLICY_FILES)
+    return any(folder.glob("*config.json"))
 
 
 class Models:
