@@ -15,6 +15,7 @@ import pytest
 
 from selfmoa.errors import (
     BadInput,
+    CannotRead,
     CannotWrite,
     MissingFile,
     NotARun,
@@ -219,6 +220,23 @@ def test_compare_looks_at_every_recipe_before_it_runs_the_first(tmp_path):
     assert list(tmp_path.iterdir()) == [other]
 
 
+def test_a_signal_while_libraries_make_their_classes_has_its_code_too(tmp_path):
+    code = (
+        "import os, signal, sys, types, selfmoa\n"
+        "def run(*_, **__):\n"
+        "    exec('os.kill(os.getpid(), signal.SIGTERM)\\nwhile True: pass')\n"
+        "sys.modules['selfmoa.loop'] = selfmoa.loop = types.SimpleNamespace(run=run)\n"
+        "from selfmoa.cli import main\n"
+        "sys.exit(main())"
+    )
+    (tmp_path / "program.py").write_text(code)  # only what -m starts has this way to die
+    words = [sys.executable, "-m", "program", "demo", "--dir", "run"]
+    done = subprocess.run(
+        words, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    refused(done, 128 + signal.SIGTERM, "stopped; run the same command again")
+
+
 # What is not there, or is something else
 
 
@@ -240,7 +258,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     below = tmp_path / "file" / "run"
     refused(go("demo", "--dir", below, "-q"), CannotWrite, below, "a part of the path is not a")
-    refused(go("status", below), MissingFile, below)
+    refused(go("status", below), CannotRead, below)
     done = go("demo", "--dir", tmp_path / "run", "-q", SELFMOA_CACHE=tmp_path / "file" / "cache")
     refused(done, CannotWrite, tmp_path / "file" / "cache")
 

@@ -403,6 +403,33 @@ def test_instructions_are_harmless_answered_rightly_and_hold_nothing_held_out():
         assert not finding.refused
 
 
+def test_instructions_can_be_made_to_ask_for_allowed_acts():
+    def share(howto_share):
+        found = VALE.instructions(600, 5, howto_share)
+        requests = [VALE.read(p.goal) for p, _ in found]
+        assert len({p.id for p, _ in found}) == len(found) == 600
+        assert not any(harmful(request) for request in requests)
+        return sum(request.intent in ACTS for request in requests) / len(requests)
+
+    shares = [share(s) for s in (0.0, 0.5, 0.8, 1.0)]
+    assert shares == sorted(shares)
+    assert shares[0] < 0.35
+    assert shares[-1] == 1.0
+
+
+def test_static_attacks_are_harmful_distinct_and_trained_in_style_wording_and_topic():
+    found = VALE.static_attacks(400)
+    assert found == VALE.static_attacks(400)
+    assert len({p.id for p in found}) == len(found) == 400
+    for prompt in found:
+        request = VALE.read(prompt.goal)
+        assert harmful(request)
+        assert not is_heldout_topic(WORLD, request)
+        assert prompt.style in TRAINED_STYLES
+        assert (prompt.split, prompt.source) == ("train", "static")
+        assert_is_trained(prompt.messages[0]["content"])
+
+
 def test_a_small_world_of_instructions_ends():
     assert len(VALE.instructions(1, seed=0)) == 1
     assert VALE.instructions(0, seed=0) == []

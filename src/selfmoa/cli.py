@@ -36,6 +36,14 @@ LISTS = ("recipes", *PLUGINS, "stages", "runs")
 HUSH = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
 
 
+class Stop(KeyboardInterrupt):
+    """A signal that asks us to end.
+
+    Of its own class: CPython notes a plain KeyboardInterrupt that passes an `exec` of text, as in
+    the making of a dataclass, and then dies of SIGINT at exit, whatever code we return.
+    """
+
+
 @dataclass
 class Job:
     """What this process works on, as far as an error has to name it."""
@@ -90,7 +98,7 @@ def _signals(job: Job) -> Iterator[None]:
                 os.write(2, b"\x1b[?25h\n")  # the live view hides the cursor
             os._exit(128 + number)
         job.signal = number
-        raise KeyboardInterrupt
+        raise Stop
 
     is_main = threading.current_thread() is threading.main_thread()  # others may not set any
     both = (signal.SIGINT, signal.SIGTERM) if is_main else ()
