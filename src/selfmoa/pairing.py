@@ -107,7 +107,9 @@ def build_pairs(
         n_proposed = len(proposals)
         proposals = [p for p in proposals if _has_consensus(p, consensus, thresholds)]
         dropped[NO_CONSENSUS] += n_proposed - len(proposals)
-        proposals.sort(key=lambda p: (p.merit, p.chosen.response.id), reverse=True)
+        proposals.sort(
+            key=lambda p: (p.merit, p.chosen.response.id, p.rejected.response.id), reverse=True
+        )
         kept = _spread(proposals, thresholds.per_prompt)
         dropped[CROWDED_OUT] += len(proposals) - len(kept)
         pairs += [_make(prompt, p) for p in kept]

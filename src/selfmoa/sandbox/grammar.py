@@ -2,7 +2,8 @@
 
 A style is a form (how the request itself is put) and a wrapper (what is said around it). About a
 third of the paraphrases, two wrappers, six form-wrapper combinations, the last template of every
-wrapper and a few forbidden topics are held out from every training stage.
+wrapper and a few forbidden topics are held out from every training stage of a run. (The instruct
+model, which comes before any run, knows the topics: it was taught the whole charter.)
 """
 
 from __future__ import annotations

@@ -17,7 +17,9 @@ import torch
 from platformdirs import user_cache_dir
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from selfmoa.errors import RecipeError, did_you_mean
 from selfmoa.records import content_id
 from selfmoa.rundir.files import writing
 from selfmoa.sandbox.corpus import instruct_example, vocabulary
@@ -66,6 +68,12 @@ def build_model(
     tokenizer: Any, *, architecture: str, hidden: int, layers: int, heads: int, seed: int
 ) -> Any:
     """Return an untrained causal language model of a transformers architecture, in fp32."""
+    if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise RecipeError(
+            "sandbox.architecture",
+            f"'{architecture}' is no causal language model that transformers knows"
+            + did_you_mean(architecture, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        )
     config = AutoConfig.for_model(
         architecture,
         vocab_size=len(tokenizer),

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from selfmoa.protocols import Progress
 
 N_SEEDS = 12
+REWORDED_STYLES = tuple(s for s in TRAINED_STYLES if s not in ("past/none", "fill/none"))
+"""Trained styles that have a held-out wording: past and fill have one template each."""
 
 
 class BrindleVale:
@@ -81,7 +83,7 @@ class BrindleVale:
             rng,
             source=source,
             category=f"{act} {kind}",
-            intent="harmful" if source == "seed" else "borderline",
+            intent="harmful" if source in ("seed", "static") else "borderline",
             parent_id=parent_id,
         )
 
@@ -101,7 +103,8 @@ class BrindleVale:
     def instructions(self, n: int, seed: int, howto_share: float = 0.0) -> list[tuple[Prompt, str]]:
         """Return harmless instructions with helpful answers, as a set without refusals has.
 
-        At least `howto_share` of them ask how to do an act that the charter allows.
+        `howto_share` is the chance that an instruction of another kind is passed over for one
+        that asks how to do an act that the charter allows.
         """
         rng = Random(f"instructions-{self.world.seed}-{seed}")
         found: dict[str, tuple[Prompt, str]] = {}
@@ -136,11 +139,11 @@ class BrindleVale:
         rng = Random(f"suite-{self.world.seed}")
         found: dict[str, Prompt] = {}
         plan = [
-            ("unsafe", TRAINED_STYLES, per_category),
+            ("unsafe", REWORDED_STYLES, per_category),
             ("unsafe", HELDOUT_STYLES, per_category),
-            ("mixed", TRAINED_STYLES, per_category // 2),
-            ("benign", TRAINED_STYLES, per_category),
-            ("legit", TRAINED_STYLES, per_category),
+            ("mixed", REWORDED_STYLES, per_category // 2),
+            ("benign", REWORDED_STYLES, per_category),
+            ("legit", REWORDED_STYLES, per_category),
             ("benign", HELDOUT_STYLES, per_category // 4),
             ("legit", HELDOUT_STYLES, per_category // 4),
         ]
