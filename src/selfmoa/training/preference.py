@@ -135,15 +135,15 @@ def fit_preferences(
             rejected,
             ref_chosen[indices],
             ref_rejected[indices],
-            torch.zeros(len(part), 0),
-            torch.tensor([r.flip_probability for r in part]),
-            torch.tensor([r.safety for r in part]),
+            chosen.new_zeros(len(part), 0),
+            chosen.new_tensor([r.flip_probability for r in part]),
+            chosen.new_tensor([r.safety for r in part]),
         )
         if step == 0 and starts_at_reference:
             _check_start(logps)
         losses = _losses(logps, part, objectives)
         loss = losses.mean()
-        kl = torch.zeros(())
+        kl = losses.new_zeros(())
         if n_anchors:
             kl = _anchor_kl(model, reference, [anchors[i] for i in next(anchor_order)], pad_id)
             loss = loss + anchor_weight * kl
@@ -161,7 +161,7 @@ def _losses(
     logps: PairLogps, part: Sequence[PairRows], objectives: dict[str, Objective]
 ) -> torch.Tensor:
     """Return the loss of each pair [B]; pairs of different objectives weigh margins differently."""
-    out = torch.zeros(len(part))
+    out = logps.policy_chosen.new_zeros(len(part))
     for name, objective in objectives.items():
         where = [i for i, r in enumerate(part) if r.objective == name]
         if where:
@@ -170,7 +170,8 @@ def _losses(
 
 
 def _select(logps: PairLogps, part: Sequence[PairRows], where: list[int]) -> PairLogps:
-    margins = torch.tensor([part[i].margins for i in where]).reshape(len(where), -1)
+    rows = [part[i].margins for i in where]
+    margins = logps.policy_chosen.new_tensor(rows).reshape(len(where), -1)
     safety = logps.safety
     return PairLogps(
         logps.policy_chosen[where],
