@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from selfmoa.config import Recipe
+    from selfmoa.rundir import RunDir
     from selfmoa.stages.context import Context, Listener
 
 START = ("reset", "evaluate")
@@ -82,16 +83,9 @@ def run(
         SelfmoaError: with a sentence a user can act on; what is sealed stays.
     """
     refuse_unworkable(recipe, only)
-    from selfmoa.rundir import RunDir
-    from selfmoa.stages.context import Context, installed_versions
+    from selfmoa.stages.context import Context
 
-    with RunDir.open(
-        directory,
-        recipe.model_dump(mode="json"),
-        seed=recipe.seed,
-        name=recipe.name,
-        versions=installed_versions(),
-    ) as opened:
+    with _open(recipe, directory) as opened:
         if redo:
             opened.discard_from(*opened.find_stage(redo))
         heard = _noting(opened, listen)
@@ -109,12 +103,7 @@ def run(
             return {}
         context.quarantine_reset()
         summary = context.summary()
-        heard(
-            "run_done",
-            directory=str(directory),
-            report=str(context.path("report", "report.html", 0)),
-            headline=summary["headline"],
-        )
+        _tell_done(heard, directory, context.path("report", "", 0), summary)
         return summary
 
 
@@ -207,18 +196,11 @@ def write_report(
     It goes to `report/` of a finished run and to `report-so-far/` of an unfinished one; with
     `reveal`, to `report-revealed/`, with answers that the report otherwise withholds.
     """
-    from selfmoa.rundir import RunDir
-    from selfmoa.stages.context import Context, installed_versions
+    from selfmoa.stages.context import Context
     from selfmoa.stages.report import write_aside
 
     recipe = reopen(directory)
-    with RunDir.open(
-        directory,
-        recipe.model_dump(mode="json"),
-        seed=recipe.seed,
-        name=recipe.name,
-        versions=installed_versions(),
-    ) as opened:
+    with _open(recipe, directory) as opened:
         heard = _noting(opened, listen)
         context = Context(recipe, opened, heard)
         is_finished = opened.sealed("report", 0) is not None
@@ -229,12 +211,7 @@ def write_report(
         else:
             folder = opened.path / ("report-revealed" if reveal else "report-so-far")
             summary = write_aside(context, folder, reveal=reveal)
-        heard(
-            "run_done",
-            directory=str(directory),
-            report=str(folder / "report.html"),
-            headline=summary["headline"],
-        )
+        _tell_done(heard, directory, folder, summary)
         return summary
 
 
@@ -261,6 +238,26 @@ def compare(
             folder = Path(directory) / f"{recipe.name}-seed{seed}"
             summaries.setdefault(recipe.name, []).append(run(seeded, folder, listen=listen))
     return tabulate(summaries, Path(directory))
+
+
+def _open(recipe: Recipe, directory: str | Path) -> RunDir:
+    from selfmoa.rundir import RunDir
+    from selfmoa.stages.context import installed_versions
+
+    return RunDir.open(
+        directory,
+        recipe.model_dump(mode="json"),
+        seed=recipe.seed,
+        name=recipe.name,
+        versions=installed_versions(),
+    )
+
+
+def _tell_done(
+    heard: Listener, directory: str | Path, folder: Path, summary: dict[str, Any]
+) -> None:
+    report = str(folder / "report.html")
+    heard("run_done", directory=str(directory), report=report, headline=summary["headline"])
 
 
 def _noting(opened: Any, listen: Listener | None) -> Listener:

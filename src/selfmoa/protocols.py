@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from selfmoa.records import Message, Objective, Prompt, Response, Verdict
 
 
+INSTRUCTIONS = "instructions"
+"""Source of prompts that a world presumes harmless."""
+PLAIN, CAREFUL = "plain", "careful"
+"""Names of the draws of the stage sample: as the policy is, and under the careful system prompt."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How to draw responses.

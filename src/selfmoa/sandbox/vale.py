@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 from typing import TYPE_CHECKING
 
+from selfmoa.protocols import INSTRUCTIONS
 from selfmoa.records import Prompt
 from selfmoa.sandbox.answers import comply
 from selfmoa.sandbox.corpus import draw_request, draw_style
@@ -123,7 +124,7 @@ class BrindleVale:
                 draw_style(rng),
                 "train",
                 rng,
-                source="instructions",
+                source=INSTRUCTIONS,
                 category="instruction",
                 intent="benign",
             )

@@ -61,25 +61,27 @@ def _is_policy(folder: Path) -> bool:
 
 
 class Models:
-    """Loads each policy once: the generators of a run by folder, the newest few kept in memory."""
+    """Loads each policy once: the generators of a run, by what their folders hold."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
+        self._digests: dict[Path, str] = {}
         self._loaded: dict[str, Any] = {}
+
+    def digest(self, folder: Path) -> str:
+        """Return the digest of a finished policy; each folder is read for it once."""
+        if folder not in self._digests:
+            self._digests[folder] = digest_tree(folder)
+        return self._digests[folder]
 
     def load(self, folder: Path) -> Generator:
         """Return the local generator of a model directory; equal content is loaded once."""
-        digest = digest_tree(folder)
+        digest = self.digest(folder)
         if digest not in self._loaded:
             local = registry.resolve("generator", "local")
             self._loaded[digest] = local.load(folder, threads=self.threads, digest=digest)
         found: Generator = self._loaded[digest]
         return found
-
-    def forget(self) -> None:
-        """Drop all models but the first, which is the instruct model the judges use."""
-        for digest in list(self._loaded)[1:]:
-            del self._loaded[digest]
 
 
 class Context:
@@ -107,11 +109,6 @@ class Context:
             )
         )
         return folder
-
-    @cached_property
-    def instruct_digest(self) -> str:
-        """Digest of the instruct model: an input of every stage."""
-        return digest_tree(self.instruct_folder)
 
     @property
     def instruct(self) -> Generator:
@@ -221,7 +218,7 @@ class Context:
             record = self.run.sealed(name, round_)
             outputs = record.outputs if record else {}
             found[key] = content_id(outputs, length=32)
-        found["instruct"] = self.instruct_digest
+        found["instruct"] = self.models.digest(self.instruct_folder)
         return found
 
     # Small conveniences, so that stages read like their method

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from selfmoa.stages.context import Context
 
-UNTRIED = ("replay", "control")
+UNTRIED = ("replay", voting.CONTROL)
 """Arms whose attempts are no fresh attacks."""
 GRADED = ("safety", "helpfulness", "refusal")
 

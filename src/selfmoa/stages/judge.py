@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from selfmoa import labelmodel
+from selfmoa.protocols import INSTRUCTIONS
 from selfmoa.records import Prompt, Response, Verdict
 from selfmoa.rundir import read_jsonl
 from selfmoa.stages import voting
@@ -73,7 +74,7 @@ class JudgeStage:
         judges = [context.judge(name) for name in settings.safety]
         attempts = read_jsonl(context.path("red_team", "attempts.jsonl"))
         attempted, is_control = voting.attempt_votes(attempts)
-        harmless = np.array([p.source == "instructions" for p, _ in items])
+        harmless = np.array([p.source == INSTRUCTIONS for p, _ in items])
         model = voting.fit(judges, attempted, is_control, settings)
         priors = {
             True: labelmodel.estimate_prior(model, safety[harmless], PRESUMED_HARMLESS),

@@ -7,6 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from selfmoa.pairing import Candidate, Thresholds, build_pairs, weighted_pair, within_budget
+from selfmoa.protocols import CAREFUL, INSTRUCTIONS
 from selfmoa.records import Objective, Prompt, Response, Verdict
 from selfmoa.rundir import read_jsonl
 
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from selfmoa.records import PreferencePair
     from selfmoa.stages.context import Context
 
-CAREFUL = "careful"
-"""Sampling name of the draws under the careful system prompt."""
 OBJECTIVES: dict[str, tuple[Objective, ...]] = {
     "multi_objective": ("safety", "helpfulness"),
     "safety_only": ("safety",),
@@ -122,7 +121,7 @@ def _anchors(prompts: Sequence[Prompt], judged: _Judged, min_safe: float) -> lis
     rows = []
     surely = math.log(min_safe / (1 - min_safe)) if 0 < min_safe < 1 else 0.0
     for prompt in prompts:
-        if prompt.source != "instructions":
+        if prompt.source != INSTRUCTIONS:
             continue
         for c in judged.candidates(prompt):
             if c.is_careful or c.safety is None or c.helpfulness is None:

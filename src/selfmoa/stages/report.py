@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfmoa import metrics
 from selfmoa.errors import StageFailed
+from selfmoa.protocols import INSTRUCTIONS
 from selfmoa.records import PreferencePair, Prompt, Response
 from selfmoa.rundir import read_jsonl, write_atomic
 from selfmoa.stages import voting
@@ -234,12 +235,19 @@ def _truth(context: Context, items: voting.Items, objective: str) -> list[float 
     return [v.score for v in context.judge(name).judge(items)]
 
 
-def _judges(context: Context, round_: int) -> list[dict[str, Any]]:
-    """Return each safety judge's accuracy on the round's attempts, which no verdict selected."""
+def _graded_attempts(
+    context: Context, round_: int
+) -> tuple[list[dict[str, Any]], list[bool | None]]:
+    """Return a round's attempts without the control group, and whether each was unsafe."""
     rows = read_jsonl(context.path("red_team", "attempts.jsonl", round_))
     rows = [r for r in rows if r["arm"] != voting.CONTROL]
     items = [(Prompt.from_json(r["prompt"]), Response.from_json(r["response"])) for r in rows]
-    unsafe = [None if s is None else s == 0 for s in _truth(context, items, "safety")]
+    return rows, [None if s is None else s == 0 for s in _truth(context, items, "safety")]
+
+
+def _judges(context: Context, round_: int) -> list[dict[str, Any]]:
+    """Return each safety judge's accuracy on the round's attempts, which no verdict selected."""
+    rows, unsafe = _graded_attempts(context, round_)
     model = read_jsonl(context.path("judge", "labelmodel.jsonl", round_))[0]
     oracle = context.recipe.evaluate.judges["safety"]
     found = [
@@ -325,21 +333,18 @@ def _pairs(context: Context, round_: int) -> dict[str, Any]:
 
 
 def _red_team(context: Context, round_: int) -> dict[str, Any]:
-    attempts = read_jsonl(context.path("red_team", "attempts.jsonl", round_))
-    rows = [r for r in attempts if r["arm"] != voting.CONTROL]
+    rows, unsafe = _graded_attempts(context, round_)
     archive = read_jsonl(context.path("red_team", "archive.jsonl", round_))
     prompts = read_jsonl(context.path("red_team", "prompts.jsonl", round_), Prompt)
-    items = [(Prompt.from_json(r["prompt"]), Response.from_json(r["response"])) for r in rows]
-    truth = [None if s is None else s == 0 for s in _truth(context, items, "safety")]
     cells = {(r["prompt"]["category"], r["prompt"]["style"]) for r in rows}
     return {
         "round": round_,
         "calls": len(rows),
-        "found": sum(p.source != "instructions" for p in prompts),
+        "found": sum(p.source != INSTRUCTIONS for p in prompts),
         "cells_filled": len({(r["category"], r["style"]) for r in archive}),
         "cells": len(cells),
         "hit_rate": metrics.rate(
-            "hit_rate", truth, context.recipe.evaluate.judges["safety"]
+            "hit_rate", unsafe, context.recipe.evaluate.judges["safety"]
         ).to_json(),
     }
 

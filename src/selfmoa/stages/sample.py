@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from selfmoa.protocols import Draw, Sampling
+from selfmoa.protocols import CAREFUL, INSTRUCTIONS, PLAIN, Draw, Sampling
 from selfmoa.records import Prompt
 from selfmoa.rundir import read_jsonl
 
@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from selfmoa.stages.context import Context
-
-HARMLESS = "instructions"
-"""Source of prompts that are presumed harmless."""
-PLAIN, CAREFUL = "plain", "careful"
 
 
 class SampleStage:
@@ -48,7 +44,7 @@ class SampleStage:
             draws = [
                 Draw(p, context.seed(name, p.id, i))
                 for p in prompts
-                for i in range(min(k, settings.k_harmless) if p.source == HARMLESS else k)
+                for i in range(min(k, settings.k_harmless) if p.source == INSTRUCTIONS else k)
             ]
             sampling = Sampling(name, settings.temperature, settings.max_new_tokens, system)
             context.generate(policy, draws, sampling, "responses.jsonl")
