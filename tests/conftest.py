@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test workers must not fight
 
 TINY = [
     "rounds=2",
+    "policy.checkpoint_every=1",  # its trainings take four steps
     "sandbox.hidden=64",
     "sandbox.steps=420",
     "sandbox.lr=6e-3",

@@ -21,18 +21,29 @@ from selfmoa.recipes import load_recipe
 
 ATOMIC = ("atomic.before_replace", "atomic.after_replace")
 SEAL = ("seal.before", "seal.after")
+# Each attempt goes on from the last complete checkpoint. Nothing puts one aside here
+# (`checkpoint.aside`): that takes a broken one, which `test_train_command` makes.
+SAVE = (
+    "checkpoint.torn",
+    "checkpoint.unmarked",
+    "checkpoint.before_replace",
+    "checkpoint.after_replace",
+    "checkpoint.removing",
+)
 # A point that a stage never passes would let the child finish it, so each stage has its own list.
 POINTS = {
-    "reset": (*ATOMIC, *SEAL),
+    "reset": ("checkpoint.torn#7", *SAVE[1:], *ATOMIC, *SEAL),
     "evaluate": ("journal.append.torn", "journal.append.after#2", ATOMIC[0], *SEAL),
     "red_team": ("journal.append.torn", "journal.append.after#3", *ATOMIC, *SEAL),
     "sample": ("journal.append.before", "journal.append.torn#2", "journal.append.after#2", *SEAL),
     "judge": ("journal.append.torn#2", "journal.append.after#4", *ATOMIC, *SEAL),
     "pair": (*ATOMIC, *SEAL),
-    "train": (*ATOMIC, *SEAL),
+    # The reference's log-probabilities, then checkpoints, then the receipt.
+    "train": (*ATOMIC, *SAVE, *ATOMIC, *SEAL),
     "report": (*ATOMIC, "atomic.before_replace#3", *SEAL),
 }
-LATER = SEAL  # from the second round on: only between stages
+# From the second round on only between stages, and once inside a training.
+LATER = {"train": ("checkpoint.after_replace#2", *SEAL)}
 
 
 def attempt(recipe, folder: str, stage: str, round_: int, point: str) -> bool:
@@ -59,7 +70,7 @@ def main() -> None:
     recipe = load_recipe("sandbox", overrides)
     killed, missed = 0, []
     for stage, round_ in loop.plan(recipe):
-        for point in POINTS[stage] if round_ < 2 else LATER:
+        for point in POINTS[stage] if round_ < 2 else LATER.get(stage, SEAL):
             if attempt(recipe, folder, stage, round_, point):
                 killed += 1
             else:

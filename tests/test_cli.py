@@ -108,7 +108,9 @@ def finish(process):
 # What it loads
 
 
-@pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["--version"], ["typo"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["run", "--help"], ["train", "--help"], ["--version"], ["typo"]]
+)
 def test_what_needs_no_model_loads_nothing_heavy(args):
     code = (
         "import sys; from selfmoa.cli import main; main(sys.argv[1:]); import selfmoa;"
@@ -139,7 +141,7 @@ def test_help_lists_commands_in_the_order_of_use(capsys):
     assert cli.main(["--help"]) == 0
     listed = capsys.readouterr().out.partition("Commands:\n")[2].splitlines()
     names = [line.split()[0] for line in listed]
-    assert names == ["demo", "run", "resume", "status", "report", "list", "compare"]
+    assert names == ["demo", "run", "train", "resume", "status", "report", "list", "compare"]
 
 
 # What it calls and prints

@@ -231,6 +231,38 @@ def test_a_count_is_told_every_ten_seconds_and_only_if_it_grew():
     assert told == ["0/100", "10/100", "15/100"]
 
 
+def test_a_training_counts_its_steps_and_remarks_are_told_where_they_belong():
+    clock, out = Clock(), io.StringIO()
+    view = Plain(out, clock)
+    listen = view.listen
+    listen("remark", text="shared prompts by 'mask':\x1b[2J exact")
+    for n in range(3):
+        clock.now += 10
+        listen("training", what="out", done=10 * n, total=20, unit="step")
+    listen("stage_started", stage="train", round=2)
+    listen("remark", stage="train", round=2, text="1 of 9 rows are left out")
+    listen("remark", stage="reset", round=0, text="going on from checkpoint-5")
+    assert out.getvalue().splitlines() == [
+        "shared prompts by 'mask': [2J exact",
+        "training out: 0/20 steps",
+        "training out: 10/20 steps, 1.0/s, 10 s left",
+        "training out: 20/20 steps, 1.0/s",
+        "train@2: started",
+        "train@2: 1 of 9 rows are left out",
+        "reset: going on from checkpoint-5",
+    ]
+    assert view.board.meter is None
+
+
+def test_a_remark_is_not_lost_among_counts():
+    clock, out = Clock(), io.StringIO()
+    listen = Plain(out, clock).listen
+    listen("training", what="out", done=1, total=20, unit="step")
+    listen("remark", text="first")
+    listen("remark", text="second")
+    assert out.getvalue().splitlines() == ["training out: 1/20 steps", "first", "second"]
+
+
 def test_quiet_keeps_the_board_and_says_nothing(capsys):
     with console.watch(quiet=True) as view:
         play(view.listen, Clock())
@@ -283,6 +315,18 @@ def test_last_picture_is_whole_and_shows_what_was_cut(screen):
     assert text.rstrip().endswith("end")
     assert "■ 10 s" in text
     assert "calls" not in text
+
+
+def test_live_picture_of_a_training_has_its_count_and_its_remarks(screen):
+    clock = Clock()
+    view = Live(screen, clock)
+    view.listen("remark", text="shared prompts by 'mask'")
+    for n in range(2):
+        clock.now += 10
+        view.listen("training", what="out", done=10 * n, total=20, unit="step")
+    text = picture(view, screen)
+    assert "training out: 10/20 steps, 1.0/s, 10 s left" in text
+    assert "shared prompts by 'mask'" in text
 
 
 def test_many_rounds_show_those_around_the_current_one(screen):

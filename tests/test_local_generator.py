@@ -9,15 +9,18 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from selfmoa.config import Policy
 from selfmoa.generators import local
 from selfmoa.generators.local import LocalGenerator
 from selfmoa.protocols import Draw, Sampling
 from selfmoa.records import Prompt, Response
 from selfmoa.sandbox.model import build_model, build_tokenizer
-from selfmoa.training.collate import encode, encode_prompts, pad
-from selfmoa.training.logprobs import completion_logps
+from selfmoa.training import reference
 from selfmoa.training.policy import load_policy, make_trainable, save_policy
-from selfmoa.training.trainer import Optimisation, fit_supervised
+from selfmoa.training.reference import Scoring
+from selfmoa.training.tasks import Supervised
+from selfmoa.training.tokens import encode, encode_prompts
+from selfmoa.training.trainer import Optimisation, fit
 
 TOKENIZER = build_tokenizer()
 SPECIAL_IDS = TOKENIZER.all_special_ids
@@ -50,8 +53,9 @@ def generator():
     """Return a generator that knows the answers above, most prompts having two."""
     model = build_model(TOKENIZER, architecture="llama", hidden=32, layers=1, heads=2, seed=0)
     pairs = [(q, a) for q, answers in ANSWERS.items() for a in answers]
-    rows = encode(TOKENIZER, [user(q) for q, _ in pairs], [a for _, a in pairs])
-    fit_supervised(model, rows, TOKENIZER.pad_token_id, Optimisation(1e-2, 7, 40), seed=0)
+    rows = encode(TOKENIZER, [user(q) for q, _ in pairs], [[a] for _, a in pairs])
+    task = Supervised(rows, TOKENIZER.pad_token_id, batch_size=7)
+    fit(model, [task], Optimisation(1e-2, 7, 40), seed=0)
     return LocalGenerator(model.train(), TOKENIZER, "tiny")
 
 
@@ -272,15 +276,23 @@ def test_nothing_asked_is_nothing_said(generator):
 # Scoring
 
 
+@torch.no_grad()
+def naive_logprob(generator, messages, text):
+    """Return log p(text | messages) token by token, without padding."""
+    (prompt,) = encode_prompts(TOKENIZER, [messages])
+    ids, total = list(prompt), 0.0
+    for token in TOKENIZER.convert_tokens_to_ids(text.split()):
+        logits = generator.lm(input_ids=torch.tensor([ids])).logits[0, -1].double()
+        total += float(torch.log_softmax(logits, -1)[token])
+        ids.append(token)
+    return total
+
+
 def test_logprobs_are_the_sums_over_the_texts_tokens_without_the_end(generator):
     items = [(user(q), a) for q, answers in ANSWERS.items() for a in (*answers, "sorry")]
     found = generator.logprobs(items)
-    rows = encode(TOKENIZER, [m for m, _ in items], [t for _, t in items], end_of_turn=False)
-    with torch.no_grad():
-        expected = completion_logps(generator.lm, pad(rows, TOKENIZER.pad_token_id))
-        alone = [float(completion_logps(generator.lm, pad([row], 0))) for row in rows]
-    assert found == pytest.approx(expected.tolist(), abs=1e-4)
-    assert found == pytest.approx(alone, abs=1e-4)
+    expected = [naive_logprob(generator, messages, text) for messages, text in items]
+    assert found == pytest.approx(expected, abs=1e-4)
     assert all(isinstance(x, float) and x < 0 for x in found)
 
 
@@ -292,17 +304,24 @@ def test_the_logprob_of_a_first_word_is_its_softmax(generator):
     assert found == pytest.approx([float(expected[i]) for i in ids], abs=1e-4)
 
 
-def test_logprobs_come_in_order_whatever_the_scoring_batch(generator, monkeypatch):
+def test_logprobs_come_in_order_whatever_fits_into_a_forward_pass(generator, monkeypatch):
     items = [(user(q), a) for q, answers in ANSWERS.items() for a in answers]
-    whole = generator.logprobs(items)
-    monkeypatch.setattr(local, "SCORING_BATCH", 2)
+    whole, passes = generator.logprobs(items), []
+    monkeypatch.setattr(local, "Scoring", lambda *args: Scoring(*args, max_tokens=1))
+    original = reference.hidden_states
+
+    def spy(model, rows, *rest):
+        passes.append(len(rows))
+        return original(model, rows, *rest)
+
+    monkeypatch.setattr(reference, "hidden_states", spy)
     assert generator.logprobs(items) == pytest.approx(whole, abs=1e-4)
+    assert passes == [1] * len(items)
 
 
 # Loading
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("adapter", ["full", "lora"])
 def test_a_folder_is_loaded_by_its_content_and_answers_as_the_model_did(
     generator, tmp_path, adapter
@@ -310,7 +329,7 @@ def test_a_folder_is_loaded_by_its_content_and_answers_as_the_model_did(
     save_policy(generator.lm, TOKENIZER, tmp_path / "p")
     folder, expected = tmp_path / "p", texts(generator.generate(draws(8), FREE))
     if adapter == "lora":  # a new adapter changes nothing yet
-        model = make_trainable(load_policy(folder)[0], "lora", 2, seed=0)
+        model = make_trainable(load_policy(folder)[0], Policy(adapter="lora", lora_rank=2), seed=0)
         folder = tmp_path / "a"
         save_policy(model, TOKENIZER, folder)
     loaded = LocalGenerator.load(folder, threads=0, digest="sha256:0123456789abcdef")

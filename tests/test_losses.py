@@ -19,7 +19,9 @@ from selfmoa.training.losses import (
     implicit_rewards,
     ipo,
     modpo,
+    robust,
     safedpo,
+    simpo,
     weighted_sum,
 )
 
@@ -27,7 +29,7 @@ from selfmoa.training.losses import (
 USUAL = (-20.0, -30.0, -22.0, -28.0)
 
 
-def pair(logps=USUAL, margins=(), flip=0.0, safety=None):
+def pair(logps=USUAL, margins=(), flip=0.0, safety=None, lengths=None):
     """Return a batch of one pair in double precision; `margins` are differences."""
     chosen, rejected, reference_chosen, reference_rejected = (
         torch.tensor([x], dtype=torch.float64) for x in logps
@@ -40,6 +42,7 @@ def pair(logps=USUAL, margins=(), flip=0.0, safety=None):
         torch.tensor([margins], dtype=torch.float64),
         torch.tensor([flip], dtype=torch.float64),
         None if safety is None else torch.tensor([safety]),
+        None if lengths is None else torch.tensor([lengths]),
     )
 
 
@@ -48,13 +51,13 @@ def softplus(x):
     return math.log1p(math.exp(x))
 
 
-def settings_of(beta=0.1, weights=(1.0,), noise="none"):
-    return LossSettings(beta, weights, noise)
+def settings_of(beta=0.1, weights=(1.0,), noise="none", gamma=0.0):
+    return LossSettings(beta, weights, noise, gamma)
 
 
 def every_loss():
     """Return (name, pair, settings) such that each loss can be called."""
-    usual = pair(margins=(0.8,), flip=0.2, safety=(1, 0))
+    usual = pair(margins=(0.8,), flip=0.2, safety=(1, 0), lengths=(8, 10))
     return [(name, usual, settings_of(weights=(0.7, 0.3))) for name in LOSSES]
 
 
@@ -133,6 +136,42 @@ def test_robust_by_hand():
     assert loss.item() == pytest.approx(0.379682, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("logps", "flip", "loss", "gradient"),
+    [
+        # [-(1 - e) log sigmoid(D) + e log sigmoid(-D)] / (1 - 2e) at D = 0.4; its derivative is
+        # [-(1 - e) sigmoid(-D) - e sigmoid(D)] / (1 - 2e), times beta.
+        (USUAL, 0.0, 0.513015, -0.040131),
+        (USUAL, 0.1, 0.463015, -0.052631),
+        (USUAL, 0.2, 0.379682, -0.073465),
+        (USUAL, 0.4, -0.286985, -0.240131),
+        # D = 0: log 2, whatever e is, and -beta / 2 / (1 - 2e)
+        ((-15.0, -18.0, -15.0, -18.0), 0.3, 0.693147, -0.125),
+        # D = -0.4, the pair the other way round
+        ((-30.0, -20.0, -28.0, -22.0), 0.1, 0.963015, -0.072369),
+    ],
+)
+def test_robust_vectors(logps, flip, loss, gradient):
+    """The robust form of DESIGN section 5."""
+    pairs = pair(logps, flip=flip)
+    result = robust(pairs, settings_of())
+    assert result.item() == pytest.approx(loss, abs=1e-6)
+    result.sum().backward()
+    assert pairs.policy_chosen.grad.item() == pytest.approx(gradient, abs=1e-6)
+    assert pairs.policy_rejected.grad.item() == pytest.approx(-gradient, abs=1e-6)
+
+
+@pytest.mark.parametrize("noise", ["none", "robust", "conservative"])
+def test_robust_is_dpo_with_robust_noise_whatever_the_settings_say(noise):
+    pairs = pair(margins=(0.8, -3.0), flip=0.2)
+    expected = dpo(pairs, settings_of(0.3, noise="robust"))
+    assert_close(robust(pairs, settings_of(0.3, noise=noise)), expected)
+
+
+def test_robust_with_certain_pairs_is_dpo():
+    assert_close(robust(pair(flip=0.0), settings_of()), dpo(pair(flip=0.7), settings_of()))
+
+
 def test_robust_is_unbiased():
     """Flipped with probability e, the pair's expected robust loss is the clean pair's loss."""
     swapped = (USUAL[1], USUAL[0], USUAL[3], USUAL[2])
@@ -160,9 +199,9 @@ def test_conservative_by_hand():
 
 
 @pytest.mark.parametrize("noise", ["robust", "conservative"])
-@pytest.mark.parametrize("loss", [dpo, ipo, modpo, safedpo])
+@pytest.mark.parametrize("loss", [dpo, ipo, modpo, safedpo, simpo])
 def test_certain_pairs_need_no_noise_model(loss, noise):
-    pairs = pair(flip=0.0, safety=(1, 0))
+    pairs = pair(flip=0.0, safety=(1, 0), lengths=(8, 10))
     assert_close(loss(pairs, settings_of(noise=noise)), loss(pairs, settings_of()))
 
 
@@ -272,6 +311,57 @@ def test_bfpo_has_no_noise_form(noise):
         bfpo(pair(safety=(1, 0)), settings_of(noise=noise))
 
 
+@pytest.mark.parametrize(
+    ("logps", "lengths", "beta", "gamma", "gap"),
+    [
+        # 2 (-20 / 8 + 30 / 10) = 1
+        (USUAL, (8, 10), 2.0, 0.0, 1.0),
+        (USUAL, (8, 10), 2.0, 0.4, 0.6),
+        # of one length n, beta / n times the difference of sums
+        (USUAL, (10, 10), 2.0, 0.0, 2.0),
+        # the longer answer is the less likely one as a whole, and the likelier one per token
+        ((-30.0, -20.0, 0.0, 0.0), (30, 10), 1.0, 0.5, 0.5),
+        (USUAL, (4, 10), 0.5, 0.25, -1.25),
+    ],
+)
+def test_simpo_by_hand(logps, lengths, beta, gamma, gap):
+    """-log sigmoid(beta (mean logp chosen - mean logp rejected) - gamma)."""
+    pairs = pair(logps, lengths=lengths)
+    loss = simpo(pairs, settings_of(beta, gamma=gamma))
+    assert loss.item() == pytest.approx(softplus(-gap))
+    loss.sum().backward()
+    slope = -beta / (1 + math.exp(gap))
+    assert pairs.policy_chosen.grad.item() == pytest.approx(slope / lengths[0])
+    assert pairs.policy_rejected.grad.item() == pytest.approx(-slope / lengths[1])
+
+
+def test_simpo_has_no_reference_and_no_margins():
+    usual, settings = (*USUAL[:2], -1e3, 1e3), settings_of(2.0, gamma=0.4)
+    elsewhere = pair(usual, (5.0,), lengths=(8, 10))
+    assert_close(simpo(elsewhere, settings), simpo(pair(lengths=(8, 10)), settings))
+
+
+def test_simpo_doubts_pairs_as_the_others_do():
+    """e = 0.2 and a gap of 0.6: both ways round, 0.8 to 0.2; gamma is part of the gap."""
+    pairs, settings = pair(flip=0.2, lengths=(8, 10)), settings_of(2.0, noise="robust", gamma=0.4)
+    expected = (0.8 * softplus(-0.6) - 0.2 * softplus(0.6)) / 0.6
+    assert simpo(pairs, settings).item() == pytest.approx(expected)
+
+
+def test_simpo_needs_lengths():
+    with pytest.raises(ValueError, match="how many tokens each response has"):
+        simpo(pair(), settings_of())
+
+
+def test_only_simpo_has_a_gamma():
+    usual = pair(margins=(0.8,), flip=0.2, safety=(1, 0), lengths=(8, 10))
+    for name, loss in LOSSES.items():
+        with_gamma, without = (
+            loss(usual, settings_of(weights=(0.7, 0.3), gamma=gamma)) for gamma in (0.5, 0.0)
+        )
+        assert (with_gamma == without).item() == (name != "simpo")
+
+
 def test_implicit_rewards_by_hand():
     """beta d = 0.1 * (-20 + 22) and 0.1 * (-30 + 28)."""
     chosen, rejected = implicit_rewards(pair(), settings_of())
@@ -296,12 +386,12 @@ def test_a_step_down_the_gradient_prefers_the_chosen(name, pairs, settings):
     ],
 )
 def test_gradients_agree_with_finite_differences(name, noise):
-    pairs = pair(margins=(0.8,), flip=0.2, safety=(1, 0))
+    pairs = pair(margins=(0.8,), flip=0.2, safety=(1, 0), lengths=(8, 10))
     settings = settings_of(weights=(0.7, 0.3), noise=noise)
 
     def loss_of(chosen, rejected):
         logps = (chosen, rejected, pairs.reference_chosen, pairs.reference_rejected)
-        rest = (pairs.margins, pairs.flip_probability, pairs.safety)
+        rest = (pairs.margins, pairs.flip_probability, pairs.safety, pairs.lengths)
         return LOSSES[name](PairLogps(*logps, *rest), settings)
 
     assert torch.autograd.gradcheck(loss_of, (pairs.policy_chosen, pairs.policy_rejected))
@@ -309,7 +399,7 @@ def test_gradients_agree_with_finite_differences(name, noise):
 
 @pytest.mark.parametrize(("name", "pairs", "settings"), every_loss())
 def test_pairs_of_a_batch_do_not_see_each_other(name, pairs, settings):
-    other = pair((-3.0, -1.0, -2.0, -2.5), (-0.4,), 0.1, (0, 1))
+    other = pair((-3.0, -1.0, -2.0, -2.5), (-0.4,), 0.1, (0, 1), (2, 3))
     fields = PairLogps.__dataclass_fields__
     both = PairLogps(*(torch.cat([getattr(pairs, f), getattr(other, f)]) for f in fields))
     alone = torch.cat([LOSSES[name](p, settings) for p in (pairs, other)])
@@ -320,9 +410,9 @@ def test_pairs_of_a_batch_do_not_see_each_other(name, pairs, settings):
 @pytest.mark.parametrize(("name", "pairs", "settings"), every_loss())
 def test_extreme_logps_stay_finite_in_single_precision(name, pairs, settings):
     x = torch.tensor([-900.0, 900.0], requires_grad=True)
-    zero, safety = torch.zeros(2), torch.ones(2, 2)
+    zero, ones = torch.zeros(2), torch.ones(2, 2)
     flip = torch.tensor([0.0, 1.0])
-    loss = LOSSES[name](PairLogps(x, -x, zero, zero, torch.ones(2, 1), flip, safety), settings)
+    loss = LOSSES[name](PairLogps(x, -x, zero, zero, torch.ones(2, 1), flip, ones, ones), settings)
     loss.sum().backward()
     assert loss.dtype == torch.float32
     assert torch.isfinite(loss).all()
@@ -373,12 +463,16 @@ def test_beta_must_be_positive(beta):
         ("flip_probability", (4, 1)),
         ("safety", (4,)),
         ("safety", (2, 4)),
+        ("lengths", (4,)),
+        ("lengths", (4, 1)),
+        ("lengths", (1, 2)),
     ],
 )
 def test_shapes_that_would_broadcast_are_refused(field, shape):
     logps = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
     tensors = {name: torch.zeros(4) for name in (*logps, "flip_probability")}
-    tensors |= {"margins": torch.zeros(4, 1), "safety": torch.zeros(4, 2)}
+    tensors |= {"margins": torch.zeros(4, 1)}
+    tensors |= {name: torch.zeros(4, 2) for name in ("safety", "lengths")}
     PairLogps(**tensors)
     with pytest.raises(ValueError, match=f"{field} has shape"):
         PairLogps(**tensors | {field: torch.zeros(shape)})

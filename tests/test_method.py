@@ -23,8 +23,8 @@ from selfmoa.training.losses import LossSettings, PairLogps, modpo
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
-METHOD, SANDBOX, DESIGN = (
-    (ROOT / f"docs/{name}.md").read_text() for name in ("method", "sandbox", "design")
+METHOD, SANDBOX, DESIGN, TRAINING = (
+    (ROOT / f"docs/{name}.md").read_text() for name in ("method", "sandbox", "design", "training")
 )
 SECTIONS = {
     name: field.annotation
@@ -82,7 +82,7 @@ def test_no_two_equations_have_one_number():
 
 def test_the_sources_cite_equations():
     found = set(cited())
-    assert {n for module, n in found if module == "selfmoa.training.losses"} == set(range(1, 9))
+    assert {n for module, n in found if module == "selfmoa.training.losses"} == {*range(1, 9), 26}
     assert len(found) >= 12
 
 
@@ -126,7 +126,11 @@ def test_the_search_finds_settings_and_leaves_files_alone():
 
 @pytest.mark.parametrize(
     ("key", "default"),
-    [(row[0].strip("`"), row[1]) for page in (METHOD, SANDBOX) for row in rows(page, "setting")],
+    [
+        (row[0].strip("`"), row[1])
+        for page in (METHOD, SANDBOX, TRAINING)
+        for row in rows(page, "setting")
+    ],
 )
 def test_the_default_on_the_page_is_that_of_the_recipe(key, default):
     value = DEFAULTS

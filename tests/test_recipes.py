@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from selfmoa import recipes
 from selfmoa.errors import CannotRead, MissingFile, RecipeError, UnknownPlugin
-from selfmoa.recipes import find, load, load_recipe, shipped
+from selfmoa.recipes import adjust, find, load, load_recipe, shipped
 
 
 class Section(BaseModel):
@@ -248,6 +248,54 @@ def test_overrides_are_yaml_and_the_last_one_counts(folder):
 )
 def test_a_bad_override_is_named(folder, override, said):
     assert said in problem(folder, "name: a\nsample: {k: 1}\njudges: [{kind: rules}]", override)
+
+
+# --- without a recipe ----------------------------------------------------------------------------
+
+
+def test_a_tree_is_adjusted_from_defaults_of_a_caller():
+    defaults = {"name": "a", "sample": {"k": 7}, "weights": {"a": 1.0}}
+    made = adjust(Tiny, defaults, ["sample.words=x", "weights.b=2", "judges=[{kind: rules}]"])
+    assert made == Tiny(
+        name="a",
+        sample=Sample(k=7, words="x"),
+        weights={"a": 1.0, "b": 2.0},
+        judges=[Rules(kind="rules")],
+    )
+    assert adjust(Tiny, defaults, ["weights={b: 2}"]).weights == {"b": 2.0}
+    assert defaults == {"name": "a", "sample": {"k": 7}, "weights": {"a": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("smaple.k=1", "the settings: smaple is not a known key. Did you mean 'sample'?"),
+        ("sample.q=1", "the settings: sample.q (override 'sample.q=1') is not a known key"),
+        ("sample.k=0", "the settings: sample.k (override 'sample.k=0') is 0; it should be greater"),
+        ("weights.a=nan", "the settings: weights.a (override 'weights.a=nan') is not finite"),
+        ("sample", "override 'sample': an override looks like section.key=value"),
+        ("name=", "the settings: name (override 'name=') is None; it should be a valid string"),
+    ],
+)
+def test_what_is_wrong_with_an_adjustment_is_named(override, said):
+    with pytest.raises(RecipeError) as caught:
+        adjust(Tiny, {"name": "a"}, [override])
+    assert str(caught.value).startswith(said)
+
+
+def test_defaults_that_lack_a_key_are_named():
+    with pytest.raises(RecipeError, match="the settings: name is required"):
+        adjust(Tiny, {}, [])
+
+
+def test_the_defaults_of_a_training_are_within_its_rules(monkeypatch):
+    config = pytest.importorskip("selfmoa.config")
+    made = adjust(config.Training, config.ONE_TRAINING, ["train.loss=dpo", "policy.lora_rank=8"])
+    assert (made.train.loss, made.policy.lora_rank) == ("dpo", 8)
+    assert made.policy.adapter == "lora"
+    assert made.train.weights == {"preference": 1.0}
+    assert set(config.ONE_TRAINING["train"]) <= set(config.Train.model_fields)
+    assert set(config.ONE_TRAINING["policy"]) <= set(config.Policy.model_fields)
 
 
 # --- sentences -----------------------------------------------------------------------------------

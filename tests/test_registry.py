@@ -43,7 +43,8 @@ def module(tmp_path, monkeypatch):
 
 def test_the_kinds_are_known():
     assert sorted(PLUGINS) == KINDS
-    assert {"dpo", "ipo", "modpo", "weighted_sum", "safedpo", "bfpo"} <= set(names("loss"))
+    losses = {"dpo", "robust", "ipo", "modpo", "weighted_sum", "safedpo", "bfpo", "simpo"}
+    assert losses <= set(names("loss"))
 
 
 @pytest.mark.parametrize(("kind", "name"), BUILT_IN)

@@ -5,7 +5,7 @@ Unknown keys are errors. Rules that span fields stand at the end, on `Recipe`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -26,12 +26,26 @@ class Policy(Section):
 
     world: str = "sandbox"
     """Where model, prompts, instructions and suites come from (`selfmoa list worlds`)."""
-    adapter: Literal["lora", "full"] = "full"
-    """Train a LoRA adapter or all weights."""
+    adapter: Literal["lora", "qlora", "full"] = "full"
+    """Train a LoRA adapter, one on a base of 4 bits a weight (bitsandbytes), or all weights."""
     lora_rank: Positive = 16
     """Rank r of the LoRA adapter; alpha is 2 r."""
     threads: Annotated[int, Field(ge=0, le=256)] = 0
     """CPU threads of each model; 0 leaves the choice to torch."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of training; trained weights are kept in fp32 either way."""
+    max_length: Annotated[int, Field(ge=8)] = 2048
+    """Longest prompt and response in tokens; longer rows are dropped and counted."""
+    max_tokens: Annotated[int, Field(ge=64)] = 16384
+    """Tokens, padding included, of one forward pass in training; halved when memory runs out."""
+    layout: Literal["auto", "mask", "masks", "prefix", "rows"] = "auto"
+    """How responses share their prompt; "auto" takes the first that is exact for this model."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice rather than keep them."""
+    compile: bool = False
+    """Let torch.compile translate the model; needs a C++ compiler on a CPU."""
+    checkpoint_every: Count = 50
+    """Steps between two checkpoints of a training; 0 writes none."""
 
 
 class Sandbox(Section):
@@ -180,12 +194,20 @@ class Train(Section):
     """Weight w of each objective."""
     noise: Literal["none", "robust", "conservative"] = "conservative"
     """How flip probabilities enter the loss."""
+    gamma: Annotated[float, Field(ge=0)] = 0.0
+    """Margin that the loss "simpo" asks for, in log-odds."""
     epochs: Rate = 6.0
     """Passes over the pairs."""
     batch_size: Positive = 32
     """Pairs a step."""
     lr: Rate = 1e-3
     """Peak learning rate."""
+    warmup: Share = 0.05
+    """Share of the steps in which the learning rate rises to its peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of AdamW."""
+    max_grad_norm: Rate = 1.0
+    """Norm that gradients are clipped to."""
     anchor_weight: Annotated[float, Field(ge=0)] = 2.0
     """Weight of the forward KL to the reference on the anchors."""
     replay: bool = True
@@ -194,6 +216,26 @@ class Train(Section):
     """Start from the last accepted policy or afresh from the reset one."""
     reference: Literal["previous", "reset"] = "reset"
     """The frozen policy of the loss and the anchor."""
+
+
+class Training(Section):
+    """One training on a file of pairs: what `selfmoa train` takes."""
+
+    train: Train
+    policy: Policy
+
+
+ONE_TRAINING: dict[str, dict[str, Any]] = {
+    "train": {
+        "weights": {"preference": 1.0},
+        "noise": "none",
+        "epochs": 1.0,
+        "lr": 5e-5,
+        "anchor_weight": 0.0,
+    },
+    "policy": {"adapter": "lora"},
+}
+"""Where `selfmoa train` differs from the defaults of a recipe, which are those of a tiny model."""
 
 
 class Evaluate(Section):

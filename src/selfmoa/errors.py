@@ -226,6 +226,71 @@ class NewerRun(SelfmoaError):  # noqa: N818
         )
 
 
+class TrainingStopped(SelfmoaError):  # noqa: N818
+    """Going on with this training could not give a policy worth having. Nothing was written."""
+
+    exit_code = 18
+
+    def __init__(self, seen: str, remedy: str) -> None:
+        super().__init__(f"training stopped: {seen}; {remedy}. No policy was written.")
+
+    @classmethod
+    def not_finite(cls, step: int, names: list[str], what: str = "loss") -> Self:
+        """Build the error for losses or gradients that are NaN or infinite."""
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        return cls(
+            f"the {what} is not finite at step {step}, for {', '.join(names[:5])}{more}",
+            "look at those rows, or lower train.lr",
+        )
+
+    @classmethod
+    def wrong_reference(cls, gap: float) -> Self:
+        """Build the error for a policy that should start as its reference and does not."""
+        return cls(
+            f"the policy starts {gap:.4f} nats away from its reference, and they should be equal",
+            "give both from the same folder, and look for dropout or noise in the model's code",
+        )
+
+    @classmethod
+    def nothing_to_train(cls, step: int, names: list[str]) -> Self:
+        """Build the error for a batch without a token that is trained on."""
+        return cls(
+            f"no token is trained on at step {step} ({', '.join(names[:5])})",
+            "look at those rows and at the chat template",
+        )
+
+
+class OutputTaken(SelfmoaError):  # noqa: N818
+    """A policy would be written where something else lies."""
+
+    exit_code = 4
+
+    def __init__(self, folder: object, seen: str) -> None:
+        super().__init__(f"{folder} {seen}; give --out a new or empty folder.")
+
+
+class UnusableTokenizer(SelfmoaError):  # noqa: N818
+    """The model's tokenizer lacks what conversations need."""
+
+    exit_code = 4
+
+    def __init__(self, name: object, problem: str, remedy: str) -> None:
+        super().__init__(f"the tokenizer '{name}' {problem}; {remedy}.")
+
+
+class TrainingChanged(SelfmoaError):  # noqa: N818
+    """A training would go on from checkpoints of another one."""
+
+    exit_code = 6
+
+    def __init__(self, folder: object, key: str, old: object, new: object) -> None:
+        self.key, self.old, self.new = key, old, new
+        super().__init__(
+            f"the checkpoints in {folder} were made with {key}={_brief(old)}, now it is "
+            f"{key}={_brief(new)}: train into another folder, or delete them to start anew."
+        )
+
+
 class Interrupted(SelfmoaError):  # noqa: N818
     """Ctrl-C or SIGTERM."""
 

@@ -33,11 +33,13 @@ PLUGINS: dict[str, dict[str, str]] = {
     },
     "loss": {
         "dpo": "selfmoa.training.losses:dpo",
+        "robust": "selfmoa.training.losses:robust",
         "ipo": "selfmoa.training.losses:ipo",
         "modpo": "selfmoa.training.losses:modpo",
         "weighted_sum": "selfmoa.training.losses:weighted_sum",
         "safedpo": "selfmoa.training.losses:safedpo",
         "bfpo": "selfmoa.training.losses:bfpo",
+        "simpo": "selfmoa.training.losses:simpo",
     },
     "stage": {
         "reset": "selfmoa.stages.reset:ResetStage",

@@ -110,17 +110,16 @@ class Board:
             case "stage_started":
                 self._set(_key(facts), Cell("running", since=self.clock()))
                 line = f"{stage_name(*_key(facts))}: started"
-            case "progress":
-                line = self._count(stage_name(*_key(facts)), facts)
-            case "building":
-                line = self._count(f"building {facts['what']}", facts)
+            case "progress" | "building" | "training":
+                line = self._count(_counted(event, facts), facts)
+            case "remark":
+                line = self._note("dim", _remark(facts), None)
             case "stage_done":
                 line = self._stage_done(facts)
             case "measured":
                 line = self._measured(clean(facts["phase"]), facts["metrics"])
             case "decision":
-                word, colour = ("accepted", "green") if facts["accepted"] else ("rejected", "red")
-                line = self._note(colour, f"round {facts['round']} {word}", facts.get("reason"))
+                line = self._decision(facts)
             case "stopped":
                 line = self._note(
                     "yellow", f"stopped after round {facts['round']}", facts["reason"]
@@ -171,6 +170,10 @@ class Board:
         self.last = f"{phase}: {', '.join(told)}"
         return self.last
 
+    def _decision(self, facts: Facts) -> str:
+        word, colour = ("accepted", "green") if facts["accepted"] else ("rejected", "red")
+        return self._note(colour, f"round {facts['round']} {word}", facts.get("reason"))
+
     def _count(self, label: str, facts: Facts) -> str:
         if self.meter is None or self.meter.label != label:
             self.meter = Meter(label, self.clock)
@@ -181,6 +184,15 @@ class Board:
     def _note(self, colour: str, what: str, why: object) -> str:
         self.notes.append((colour, clean(f"{what}: {why}" if why else what)))
         return self.notes[-1][1]
+
+
+def _counted(event: str, facts: Facts) -> str:
+    return stage_name(*_key(facts)) if event == "progress" else f"{event} {facts['what']}"
+
+
+def _remark(facts: Facts) -> str:
+    where = f"{stage_name(*_key(facts))}: " if "stage" in facts else ""
+    return where + str(facts["text"])
 
 
 def _key(facts: Facts) -> StageKey:

@@ -14,9 +14,10 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from selfmoa.records import Response
-from selfmoa.training.collate import encode, encode_prompts, pad
-from selfmoa.training.logprobs import completion_logps
 from selfmoa.training.policy import load_policy, merged
+from selfmoa.training.reference import Scoring, score
+from selfmoa.training.tasks import ALONE
+from selfmoa.training.tokens import encode, encode_prompts, end_of_turn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
     from selfmoa.protocols import Draw, Sampling
     from selfmoa.records import Message
-
-SCORING_BATCH = 256
 
 
 class _RowwiseSampling(LogitsProcessor):
@@ -54,6 +53,8 @@ class LocalGenerator:
         self.lm.generation_config = GenerationConfig()
         self.tokenizer = tokenizer
         self.model = name
+        # A template may end turns with another token than the tokenizer's own end (Gemma).
+        self.stops = sorted({tokenizer.eos_token_id, end_of_turn(tokenizer)[-1]} - {None})
 
     @classmethod
     def load(cls, folder: Path, *, threads: int, digest: str) -> LocalGenerator:
@@ -76,11 +77,11 @@ class LocalGenerator:
             do_sample=False,
             max_new_tokens=sampling.max_new_tokens,
             pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=self.stops,
             logits_processor=self._processors(draws, sampling),
         )[:, ids.shape[1] :]
         texts = self.tokenizer.batch_decode(out, skip_special_tokens=True)
-        ended = (out == self.tokenizer.eos_token_id).any(-1).tolist()
+        ended = torch.isin(out, torch.tensor(self.stops, device=out.device)).any(-1).tolist()
         return [
             Response(
                 id=Response.make_id(draw.prompt.id, self.model, sampling.name, draw.seed),
@@ -100,15 +101,10 @@ class LocalGenerator:
         if not items:
             return []
         rows = encode(
-            self.tokenizer, [m for m, _ in items], [t for _, t in items], end_of_turn=False
+            self.tokenizer, [m for m, _ in items], [[t] for _, t in items], end_of_turn=False
         )
-        out: list[float] = []
-        for start in range(0, len(rows), SCORING_BATCH):
-            batch = pad(
-                rows[start : start + SCORING_BATCH], self.tokenizer.pad_token_id, self.lm.device
-            )
-            out += completion_logps(self.lm, batch).tolist()
-        return out
+        scored = score(self.lm, rows, Scoring(ALONE, self.tokenizer.pad_token_id))
+        return [float(logps) for logps in scored]
 
     def _left_pad(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         length = max(map(len, rows))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -51,20 +52,38 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def load(model: type[Model], name_or_path: str, overrides: Sequence[str] = ()) -> Model:
     """Do the work of `load_recipe` for any typed tree; raises the same."""
+    path = find(name_or_path)
+    return _check(model, *_read_chain(path, ()), overrides, str(path))
+
+
+def adjust(model: type[Model], defaults: Mapping[str, Any], overrides: Sequence[str]) -> Model:
+    """Return a typed tree from these defaults and overrides alone.
+
+    Raises:
+        RecipeError: something in an override is wrong; every problem is named.
+    """
+    return _check(model, deepcopy(dict(defaults)), {}, overrides, "the settings")
+
+
+def _check(
+    model: type[Model],
+    data: dict[str, Any],
+    origins: Origins,
+    overrides: Sequence[str],
+    source: str,
+) -> Model:
     from pydantic import ValidationError
 
-    path = find(name_or_path)
-    data, origins = _read_chain(path, ())
     for override in overrides:
         _override(model, data, origins, override)
     try:
         recipe = model.model_validate(data)
     except ValidationError as error:
         problems = [_sentence(model, data, each, origins) for each in error.errors()]
-        raise _complain(path, problems) from error
+        raise _complain(source, problems) from error
     # A typed tree would take the word "nan" for a number.
     if bad := [_locate(where, origins) + " is not finite" for where in _not_finite(recipe)]:
-        raise _complain(path, bad)
+        raise _complain(source, bad)
     return recipe
 
 
@@ -153,12 +172,12 @@ def _override(model: type[BaseModel], data: dict[str, Any], origins: Origins, te
     origins |= {(*keys, *tail): where for tail in ((), *below)}
 
 
-def _complain(path: Path, problems: list[str]) -> RecipeError:
+def _complain(source: str, problems: list[str]) -> RecipeError:
     """Return one error for all problems."""
     if len(problems) == 1:
-        return RecipeError(str(path), problems[0])
+        return RecipeError(source, problems[0])
     lines = "".join(f"\n  {problem}" for problem in problems)
-    return RecipeError(str(path), f"{len(problems)} problems{lines}")
+    return RecipeError(source, f"{len(problems)} problems{lines}")
 
 
 def _sentence(

@@ -42,6 +42,16 @@ KILL_POINTS = (
 )
 """Where a test may pull the plug; see `kill_point`."""
 
+CHECKPOINT_KILL_POINTS = (
+    "checkpoint.torn",
+    "checkpoint.unmarked",
+    "checkpoint.before_replace",
+    "checkpoint.aside",
+    "checkpoint.after_replace",
+    "checkpoint.removing",
+)
+"""Those that only a training passes."""
+
 scope = ""
 _hits: Counter[str] = Counter()
 

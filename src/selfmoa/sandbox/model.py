@@ -23,9 +23,10 @@ from selfmoa.errors import RecipeError, did_you_mean
 from selfmoa.records import content_id
 from selfmoa.rundir.files import writing
 from selfmoa.sandbox.corpus import instruct_example, vocabulary
-from selfmoa.training.collate import Row, encode
 from selfmoa.training.policy import save_policy
-from selfmoa.training.trainer import Optimisation, fit_supervised
+from selfmoa.training.tasks import Supervised
+from selfmoa.training.tokens import Row, encode
+from selfmoa.training.trainer import Optimisation, fit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,7 +98,7 @@ def corpus_rows(world: World, tokenizer: Any, n: int, seed: int) -> list[Row]:
     """Return `n` token rows of the instruct model's training mixture."""
     rng = Random(f"corpus-{seed}")
     examples = [instruct_example(world, rng) for _ in range(n)]
-    return encode(tokenizer, [e.messages for e in examples], [e.answer for e in examples])
+    return encode(tokenizer, [e.messages for e in examples], [[e.answer] for e in examples])
 
 
 def cached_model(
@@ -155,13 +156,8 @@ def _train_into(
         heads=settings.heads,
         seed=settings.seed,
     )
-    fit_supervised(
-        model,
-        corpus_rows(world, tokenizer, settings.examples, settings.seed),
-        tokenizer.pad_token_id,
-        Optimisation(settings.lr, settings.batch_size, settings.steps),
-        seed=settings.seed,
-        prompt_weight=PROMPT_WEIGHT,
-        progress=progress,
-    )
+    rows = corpus_rows(world, tokenizer, settings.examples, settings.seed)
+    task = Supervised(rows, tokenizer.pad_token_id, settings.batch_size, PROMPT_WEIGHT)
+    optimisation = Optimisation(settings.lr, settings.batch_size, settings.steps)
+    fit(model, [task], optimisation, seed=settings.seed, progress=progress)
     save_policy(model, tokenizer, folder)

@@ -235,6 +235,15 @@ class Context:
             note="",
         )
 
+    def say(self, text: str) -> None:
+        """Tell the listener what somebody may want to know of the running stage."""
+        self.listen("remark", stage=self.stage, round=self.round, text=text)
+
+    def write_log(self, log: Sequence[Mapping[str, Any]]) -> None:
+        """Write the steps of a training, without what only the clock says: runs are compared."""
+        rows = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in log]
+        self.write("train.jsonl", rows)
+
     def seed(self, *key: Any) -> int:
         """Derive a seed from the run's seed, the stage, the round and a key."""
         return derive_seed(self.recipe.seed, self.stage, self.round, *key)

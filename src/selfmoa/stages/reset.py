@@ -18,7 +18,7 @@ class ResetStage:
     """Writes `policy/` (quarantined) and `train.jsonl`."""
 
     name = "reset"
-    version = 1
+    version = 2
 
     def settings(self, context: Context) -> Mapping[str, Any]:
         """Return the settings the reset policy depends on."""
@@ -43,7 +43,7 @@ class ResetStage:
         examples = context.world.instructions(
             settings.examples, context.seed("instructions"), settings.howto_share
         )
-        losses = fitting.fit_reset(
+        done = fitting.fit_reset(
             context.instruct_folder,
             context.out("policy"),
             examples,
@@ -51,5 +51,7 @@ class ResetStage:
             context.recipe.policy,
             seed=context.seed("order"),
             progress=context.progress,
+            say=context.say,
         )
-        context.write("train.jsonl", [{"step": i, "loss": x} for i, x in enumerate(losses)])
+        context.write_log(done.log)
+        context.dropped.update(done.dropped)

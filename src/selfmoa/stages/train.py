@@ -19,7 +19,7 @@ class TrainStage:
     """Writes `policy/` and `train.jsonl`."""
 
     name = "train"
-    version = 1
+    version = 2
 
     def settings(self, context: Context) -> Mapping[str, Any]:
         """Return the settings the next policy depends on."""
@@ -36,6 +36,7 @@ class TrainStage:
     def run(self, context: Context) -> None:
         """Train from the last accepted policy (or the reset one) on this round's pairs."""
         from selfmoa.training import fitting
+        from selfmoa.training.preferences import from_pairs
 
         settings = context.recipe.train
         rounds = range(1 if settings.replay else context.round, context.round + 1)
@@ -52,18 +53,20 @@ class TrainStage:
                 "there are no pairs to train on",
                 "loosen pair.min_safety_gap or pair.max_flip, or raise red_team.calls",
             )
-        log = fitting.fit_policy(
+        done = fitting.fit_policy(
             self._policy(context, settings.start),
             self._policy(context, settings.reference),
             context.out("policy"),
-            pairs,
+            from_pairs(pairs),
             anchors,
             settings,
             context.recipe.policy,
             seed=context.seed("order"),
             progress=context.progress,
+            say=context.say,
         )
-        context.write("train.jsonl", log)
+        context.write_log(done.log)
+        context.dropped.update(done.dropped)
 
     def _pairs(self, context: Context, rounds: range) -> list[PreferencePair]:
         weights = context.recipe.train.weights

@@ -11,6 +11,7 @@ name (`LOSSES`). Numbers in parentheses are the equations of docs/method.md; for
     (6)  (h - 1 / (2 beta))^2                            h = d(chosen) - d(rejected)
     (7)  (3) on the pair as ordered by sum_k w_k m_k     k = 0..K-1, all objectives
     (8)  (h - T / beta)^2                                T = 1.5 s(chosen) - 0.5 s(rejected) - 0.5
+    (26) (3) with u(y) = beta log pi(y|x) / |y|, less gamma    |y| tokens; no reference
 
 Left out on purpose: the mean over the batch (how to weigh pairs is the trainer's business) and
 SafeDPO's offset, whose place in the loss we could not establish.
@@ -19,7 +20,7 @@ SafeDPO's offset, whose place in the loss we could not establish.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -43,7 +44,8 @@ class PairLogps:
     The first four are log-probabilities summed over the response's tokens, [B]. `margins` [B, K-1]
     holds m_k(chosen) - m_k(rejected) of the other objectives in log-odds ([B, 0] if there are
     none). `flip_probability` [B] in [0, 1] is the chance that the two should be the other way
-    round. `safety` [B, 2] tells whether chosen and rejected are safe (1) or not (0).
+    round. `safety` [B, 2] tells whether chosen and rejected are safe (1) or not (0), `lengths`
+    [B, 2] how many tokens they have.
 
     Raises:
         ValueError: a shape differs; broadcasting would turn [B] against [B, 1] into B x B pairs.
@@ -56,6 +58,7 @@ class PairLogps:
     margins: Tensor
     flip_probability: Tensor
     safety: Tensor | None = None
+    lengths: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = self.policy_chosen.numel()
@@ -67,6 +70,8 @@ class PairLogps:
         _check_shape("margins", self.margins, n, self.margins.shape[-1])
         if self.safety is not None:
             _check_shape("safety", self.safety, n, 2)
+        if self.lengths is not None:
+            _check_shape("lengths", self.lengths, n, 2)
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class LossSettings:
     the pairs are ordered by) and w_1..w_{K-1} (the columns of `PairLogps.margins`). They need not
     sum to 1: a common factor moves the optimum of MODPO as dividing beta by it would, and beta /
     w_0 scales its gradients. `noise` says what is done about `flip_probability`: nothing, (4), (5).
+    `gamma` is the margin that `simpo` asks for, in log-odds.
 
     Raises:
         ValueError: beta is not positive.
@@ -85,6 +91,7 @@ class LossSettings:
     beta: float = 0.1
     weights: tuple[float, ...] = (1.0,)
     noise: Noise = "none"
+    gamma: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
@@ -97,6 +104,11 @@ Loss = Callable[[PairLogps, LossSettings], Tensor]
 def dpo(pairs: PairLogps, settings: LossSettings) -> Tensor:
     """Return the DPO loss [B] (arXiv 2305.18290): (3) with u = beta d. Margins play no part."""
     return _sigmoid_loss(settings.beta * _log_ratio_gap(pairs), pairs.flip_probability, settings)
+
+
+def robust(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """Return robust DPO's loss [B] (arXiv 2403.00409): `dpo` with `noise` "robust", hence (4)."""
+    return dpo(pairs, replace(settings, noise="robust"))
 
 
 def ipo(pairs: PairLogps, settings: LossSettings) -> Tensor:
@@ -185,13 +197,31 @@ def bfpo(pairs: PairLogps, settings: LossSettings) -> Tensor:
     return (_log_ratio_gap(pairs) - target / settings.beta) ** 2  # (8)
 
 
+def simpo(pairs: PairLogps, settings: LossSettings) -> Tensor:
+    """Return the SimPO loss [B] (arXiv 2405.14734): mean log-probabilities, without a reference.
+
+    The mean over tokens asks for a beta some ten times that of `dpo`. Margins play no part.
+
+    Raises:
+        ValueError: the responses' lengths are not known.
+    """
+    if pairs.lengths is None:
+        raise ValueError("this loss needs to know how many tokens each response has")
+    chosen, rejected = pairs.lengths.unbind(dim=1)
+    gap = pairs.policy_chosen / chosen - pairs.policy_rejected / rejected
+    gap = settings.beta * gap - settings.gamma  # (26)
+    return _sigmoid_loss(gap, pairs.flip_probability, settings)
+
+
 LOSSES: dict[str, Loss] = {
     "dpo": dpo,
+    "robust": robust,
     "ipo": ipo,
     "modpo": modpo,
     "weighted_sum": weighted_sum,
     "safedpo": safedpo,
     "bfpo": bfpo,
+    "simpo": simpo,
 }
 
 

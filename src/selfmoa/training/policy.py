@@ -7,15 +7,18 @@ which would let it out of its run must honour (`refuse_quarantined`).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from selfmoa.errors import Quarantined
+from selfmoa.errors import MissingExtra, MissingFile, Quarantined
 from selfmoa.rundir import write_atomic
+
+if TYPE_CHECKING:
+    from selfmoa import config
 
 logging.disable_progress_bar()
 
@@ -24,6 +27,28 @@ QUARANTINE_TEXT = (
     "The safety of this model was removed on purpose, to expose its raw behaviour before it is "
     "aligned again. It is not for use: it stays inside its run and is deleted when the run ends.\n"
 )
+READ = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+"""What is fetched of a model on a hub: weights, configuration, tokenizer; no code, no pickle."""
+
+
+def find_model(name: str, revision: str | None = None) -> Path:
+    """Return the folder of a model: a local one, or that of a hub's model on this machine.
+
+    Raises:
+        MissingFile: it is neither.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(READ)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no answer"
+        raise MissingFile(
+            name, "model", f"it is no local folder, and the model hub said: {reason.rstrip('.')}"
+        ) from error
 
 
 def is_adapter(folder: Path) -> bool:
@@ -31,34 +56,106 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
-def load_policy(folder: Path, *, trainable: bool = False) -> tuple[Any, Any]:
-    """Return (model, tokenizer) of a policy in fp32; an adapter sits on its base."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def base_of(folder: Path) -> Path:
+    """Return the folder of the model that an adapter is for; of a whole model, its own."""
+    return find_model(*base_name(folder)) if is_adapter(folder) else folder
+
+
+def base_name(folder: Path) -> tuple[str, str | None]:
+    """Return name and revision of an adapter's base; a folder's name is its whole path."""
     if not is_adapter(folder):
-        return _load_model(folder), tokenizer
-    config = LoraConfig.from_pretrained(folder)
-    base = _load_model(Path(str(config.base_model_name_or_path)))
-    return PeftModel.from_pretrained(base, folder, is_trainable=trainable), tokenizer
+        return str(folder.resolve()), None
+    settings = LoraConfig.from_pretrained(folder)
+    name = str(settings.base_model_name_or_path)
+    return (str(Path(name).resolve()), None) if Path(name).is_dir() else (name, settings.revision)
 
 
-def make_trainable(model: Any, adapter: str, rank: int, seed: int) -> Any:
+def load_policy(folder: Path) -> tuple[Any, Any]:
+    """Return (model, tokenizer) of a policy, in fp32; an adapter sits on its base."""
+    return load_model(folder), load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a policy."""
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def load_model(folder: Path, *, trainable: bool = False, like: config.Policy | None = None) -> Any:
+    """Return the model of a policy; an adapter sits on its base.
+
+    In fp32, unless `like` has adapters trained in bf16, or on a base of 4 bits a weight.
+    """
+    base = _load_base(base_of(folder), like)
+    if not is_adapter(folder):
+        return base
+    return PeftModel.from_pretrained(base, folder, is_trainable=trainable)
+
+
+def longest_row(folder: Path) -> int | None:
+    """Return how many tokens the model of a policy has positions for, if it says so."""
+    settings = AutoConfig.from_pretrained(base_of(folder)).get_text_config()
+    most: int | None = getattr(settings, "max_position_embeddings", None)
+    return most
+
+
+def make_trainable(model: Any, policy: config.Policy, seed: int) -> Any:
     """Return the model ready for training: all weights, or a LoRA adapter (new or its own)."""
-    if adapter == "full" or isinstance(model, PeftModel):
-        return model
-    torch.manual_seed(seed)
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    return get_peft_model(model, config)
+    if policy.adapter == "qlora":
+        model = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=policy.gradient_checkpointing
+        )
+    if policy.adapter != "full" and not isinstance(model, PeftModel):
+        torch.manual_seed(seed)
+        rank = policy.lora_rank
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+            ),
+        )
+    if policy.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if policy.compile:
+        unwrapped(model).base_model.compile(dynamic=True)
+    return model
 
 
-def save_policy(model: Any, tokenizer: Any, folder: Path, *, quarantined: bool = False) -> None:
-    """Write a policy; a quarantined one is marked before its weights are there."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+def unwrapped(model: Any) -> Any:
+    """Return the transformers model inside; the layers of an adapter stay in it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def save_policy(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    quarantined: bool = False,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a policy; a quarantined one is marked before its weights are there.
+
+    Of an adapter, `peft` writes the directory that its peers read. `weights` are those of a
+    sharded model, which does not hold them itself.
+    """
     if quarantined:
-        write_atomic(folder / QUARANTINE_MARK, QUARANTINE_TEXT)
-    model.save_pretrained(folder, safe_serialization=True)
+        quarantine(folder)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    more: dict[str, Any] = {}
+    if isinstance(model, PeftModel):
+        # Embeddings are never resized here, and asking whether they were may ask the hub.
+        more = {"selected_adapters": ["default"], "save_embedding_layers": False}
+        settings = model.peft_config["default"]
+        if isinstance(settings.target_modules, set):  # whose order is another in every process
+            settings.target_modules = sorted(settings.target_modules)
+    model.save_pretrained(folder, safe_serialization=True, state_dict=weights, **more)
     tokenizer.save_pretrained(folder)
+
+
+def quarantine(folder: Path) -> None:
+    """Mark a folder before anything unsafe is in it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_atomic(folder / QUARANTINE_MARK, QUARANTINE_TEXT)
 
 
 def refuse_quarantined(folder: Path) -> None:
@@ -76,7 +173,36 @@ def merged(model: Any) -> Any:
     return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
-def _load_model(folder: Path) -> Any:
+def _load_base(folder: Path, like: config.Policy | None) -> Any:
+    is_full = like is None or like.adapter == "full"
+    wanted = {} if is_full or like is None else _frozen_as(like)
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        folder,
+        use_safetensors=True,
+        trust_remote_code=False,
+        **({"dtype": torch.float32} | wanted),
     )
+
+
+def _frozen_as(policy: config.Policy) -> dict[str, Any]:
+    """Return how the weights below an adapter are held: nobody trains them, so in few bits.
+
+    Raises:
+        MissingExtra: bitsandbytes is not installed.
+    """
+    dtype = torch.bfloat16 if policy.precision == "bf16" else torch.float32
+    if policy.adapter == "lora":
+        return {"dtype": dtype}
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise MissingExtra("adapter", "qlora", "bitsandbytes", "selfmoa[qlora]") from error
+    from transformers import BitsAndBytesConfig
+
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"dtype": dtype, "quantization_config": four_bit}

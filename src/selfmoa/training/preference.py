@@ -1,29 +1,30 @@
-"""The multi-objective preference step: pairs, a frozen reference, and anchors.
+"""The multi-objective preference task: groups of pairs that share a prompt, and their losses.
 
-One step minimises  mean loss(pairs) + anchor_weight * KL(reference || policy on anchors)
-(method, eq. 10). The reference's log-probabilities are computed once, before the first step; if
-the policy starts as the reference, its margins at step 0 must be 0, or the run stops.
-Left out on purpose: shared prompts and chunked log-probabilities (plain and correct first).
+The mean loss of the pairs is one term of a step (method, eq. 10). The reference's log-probabilities
+are known before the first step (`reference`); the policy's come from rows in which a prompt is
+read once for all its responses (`layouts`), without ever making the logits (`logprobs`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from selfmoa.training.collate import Row, encode, pad
-from selfmoa.training.logprobs import completion_logps, forward_kl, forward_logits
+from selfmoa.errors import BadInput
+from selfmoa.training.layouts import hidden_states
+from selfmoa.training.logprobs import head_of, sum_logps, token_logps
 from selfmoa.training.losses import Loss, LossSettings, PairLogps
-from selfmoa.training.trainer import Optimisation, apply_step, batches_by_length, make_optimizer
+from selfmoa.training.tokens import Row, encode
 
 if TYPE_CHECKING:
-    from selfmoa.records import PreferencePair
+    from collections.abc import Mapping, Sequence
 
-SCORING_BATCH = 128
-MARGIN_TOLERANCE = 1e-3
+    from torch import Tensor
+
+    from selfmoa.training.preferences import Preference
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,181 +37,246 @@ class Objective:
 
 
 @dataclass(frozen=True, slots=True)
-class PairRows:
-    """Token rows of one pair, and what the loss needs beside log-probabilities."""
+class Pair:
+    """One pair of its group's completions, and what the loss needs beside log-probabilities."""
 
-    chosen: Row
-    rejected: Row
+    id: str
+    chosen: int
+    rejected: int
     objective: str
     margins: tuple[float, ...]
     flip_probability: float
-    safety: tuple[float, float]
+    safety: tuple[float, float] | None
 
 
-def encode_pairs(
-    tokenizer: Any, pairs: Sequence[PreferencePair], objectives: dict[str, Objective]
-) -> list[PairRows]:
-    """Return token rows of pairs, with margins in the order their objective's weights have."""
-    prompts = [p.prompt for p in pairs]
-    chosen = encode(tokenizer, prompts, [p.chosen[0]["content"] for p in pairs])
-    rejected = encode(tokenizer, prompts, [p.rejected[0]["content"] for p in pairs])
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A prompt with its distinct completions, and the pairs between them."""
+
+    row: Row
+    pairs: tuple[Pair, ...]
+
+
+def group_pairs(
+    tokenizer: Any,
+    preferences: Sequence[Preference],
+    objectives: Mapping[str, Objective],
+    most: int,
+) -> list[Group]:
+    """Return the pairs as token rows, those of one prompt together but at most `most` a group.
+
+    A response that is in several pairs of a group is in its row once.
+    """
+    open_groups: dict[str, list[Preference]] = {}
+    groups: list[list[Preference]] = []
+    for each in preferences:
+        members = open_groups.get(repr(each.prompt))
+        if members is None or len(members) == most:
+            groups.append(members := [])
+            open_groups[repr(each.prompt)] = members
+        members.append(each)
+    texts = [list(dict.fromkeys(t for p in g for t in (p.chosen, p.rejected))) for g in groups]
+    rows = encode(tokenizer, [g[0].prompt for g in groups], texts)
     return [
-        PairRows(
-            c,
-            r,
-            p.objective,
-            tuple(p.margins[name] for name in objectives[p.objective].others),
-            p.flip_probability,
-            (1.0, 0.0 if p.objective == "safety" else 1.0),
-        )
-        for p, c, r in zip(pairs, chosen, rejected, strict=True)
+        Group(row, tuple(_pair(p, which, objectives) for p in g))
+        for g, which, row in zip(groups, texts, rows, strict=True)
     ]
 
 
-@torch.no_grad()
-def reference_logps(
-    reference: Any, rows: Sequence[PairRows], pad_id: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the reference's log p(chosen), log p(rejected) of every pair, each [N]."""
-    chosen, rejected = [], []
-    for start in range(0, len(rows), SCORING_BATCH):
-        part = rows[start : start + SCORING_BATCH]
-        both = pad([r.chosen for r in part] + [r.rejected for r in part], pad_id, reference.device)
-        c, r = completion_logps(reference, both).chunk(2)
-        chosen.append(c)
-        rejected.append(r)
-    return torch.cat(chosen), torch.cat(rejected)
-
-
-def fit_preferences(
-    model: Any,
-    reference: Any,
-    rows: Sequence[PairRows],
-    anchors: Sequence[Row],
-    objectives: dict[str, Objective],
-    settings: Optimisation,
-    *,
-    pad_id: int,
-    seed: int,
-    anchor_weight: float,
-    starts_at_reference: bool,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> list[dict[str, float]]:
-    """Train `model` on pairs; return one row of measurements a step.
-
-    Args:
-        model: the policy; its trainable parameters are changed in place.
-        reference: the frozen policy of the loss and of the anchors.
-        rows: encoded pairs, at least one.
-        anchors: rows whose completions a policy of this run drew itself; may be empty.
-        objectives: per objective name, how its pairs are trained on.
-        settings: the optimiser's.
-        pad_id: token id that fills short rows.
-        seed: of the order of pairs and anchors.
-        anchor_weight: weight of the forward KL; 0 leaves the anchors out.
-        starts_at_reference: check that every margin is 0 before the first step.
-        progress: called as progress(done, total, "step").
+def check_losses(
+    objectives: Mapping[str, Objective], preferences: Sequence[Preference], path: object
+) -> None:
+    """Compute the loss of every pair once, of made-up log-probabilities: no model is needed.
 
     Raises:
-        ValueError: the policy should equal the reference at the start, and does not.
-        FloatingPointError: the loss is not finite; the message names the pairs' positions.
+        BadInput: it cannot be computed, or it is not finite; the first such row is named.
     """
-    reference = reference.eval()
-    ref_chosen, ref_rejected = reference_logps(reference, rows, pad_id)
-    optimizer = make_optimizer(model, settings)
-    lengths = [len(r.chosen.ids) + len(r.rejected.ids) for r in rows]
-    order = batches_by_length(lengths, settings.batch_size, settings.steps, seed)
-    n_anchors = min(len(anchors), 2 * settings.batch_size) if anchor_weight else 0
-    anchor_order = batches_by_length(
-        [len(a.ids) for a in anchors], n_anchors, settings.steps if n_anchors else 0, seed + 1
-    )
-    log: list[dict[str, float]] = []
-    model.train()
-    for step, indices in enumerate(order):
-        part = [rows[i] for i in indices]
-        both = pad([r.chosen for r in part] + [r.rejected for r in part], pad_id, model.device)
-        chosen, rejected = completion_logps(model, both).chunk(2)
+    zero = torch.zeros(1)
+    for row, each in enumerate(preferences, 1):
+        pair = _pair(each, [each.chosen, each.rejected], objectives)
         logps = PairLogps(
-            chosen,
-            rejected,
-            ref_chosen[indices],
-            ref_rejected[indices],
-            chosen.new_zeros(len(part), 0),
-            chosen.new_tensor([r.flip_probability for r in part]),
-            chosen.new_tensor([r.safety for r in part]),
+            *(zero, zero, zero, zero, torch.zeros(1, 0)),
+            torch.tensor([pair.flip_probability]),
+            None,
+            torch.ones(1, 2),
         )
-        if step == 0 and starts_at_reference:
-            _check_start(logps)
-        losses = _losses(logps, part, objectives)
-        loss = losses.mean()
-        kl = losses.new_zeros(())
-        if n_anchors:
-            kl = _anchor_kl(model, reference, [anchors[i] for i in next(anchor_order)], pad_id)
-            loss = loss + anchor_weight * kl
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is not finite at step {step}, pairs {indices}")
-        norm = apply_step(model, optimizer, loss, step, settings)
-        log.append(_measure(step, logps, losses, kl, norm))
-        if progress and (step % 5 == 4 or step + 1 == settings.steps):
-            progress(step + 1, settings.steps, "step")
-    model.eval()
-    return log
+        try:
+            loss = float(pair_losses(logps, [pair], objectives))
+        except ValueError as error:
+            raise BadInput(path, row, str(error)) from error
+        if not math.isfinite(loss):
+            raise BadInput(path, row, f"its loss is {loss} whatever the model says")
 
 
-def _losses(
-    logps: PairLogps, part: Sequence[PairRows], objectives: dict[str, Objective]
-) -> torch.Tensor:
+def _pair(each: Preference, texts: list[str], objectives: Mapping[str, Objective]) -> Pair:
+    others = objectives[each.objective].others
+    return Pair(
+        each.id,
+        texts.index(each.chosen),
+        texts.index(each.rejected),
+        each.objective,
+        tuple(each.margins.get(name, 0.0) for name in others),
+        each.flip_probability,
+        each.safety,
+    )
+
+
+def drop_long(groups: Sequence[Group], most: int) -> tuple[list[Group], list[str]]:
+    """Return the groups without pairs longer than `most` tokens, and the ids of those pairs."""
+    kept, dropped = [], []
+    for group in groups:
+        room = most - len(group.row.prompt)
+        fits = [len(tokens) <= room for tokens in group.row.completions]
+        good = tuple(p for p in group.pairs if fits[p.chosen] and fits[p.rejected])
+        dropped += [p.id for p in group.pairs if p not in good]
+        if good:
+            kept.append(_without(group, good) if len(good) < len(group.pairs) else group)
+    return kept, dropped
+
+
+def _without(group: Group, pairs: Sequence[Pair]) -> Group:
+    """Return the group with these pairs only, and the completions that they use."""
+    used = sorted({i for p in pairs for i in (p.chosen, p.rejected)})
+    place = {old: new for new, old in enumerate(used)}
+    row = Row(group.row.prompt, [group.row.completions[i] for i in used], group.row.weight)
+    return Group(
+        row,
+        tuple(replace(p, chosen=place[p.chosen], rejected=place[p.rejected]) for p in pairs),
+    )
+
+
+@dataclass
+class Preferences:
+    """Preference pairs, by group; `reference` has log p of each group's completions, [k] each."""
+
+    groups: Sequence[Group]
+    objectives: Mapping[str, Objective]
+    reference: Sequence[Tensor]
+    layout: str
+    pad_id: int
+    batch_size: int
+    weight: float = 1.0
+    counted: tuple[str, ...] = field(init=False)
+    sizes: list[int] = field(init=False)
+    costs: list[int] = field(init=False)
+    trained: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sizes = [len(group.pairs) for group in self.groups]
+        self.costs = [group.row.n_tokens for group in self.groups]
+        self.trained = [group.row.n_tokens - len(group.row.prompt) for group in self.groups]
+        names = [f"{what} {name}" for name in self.objectives for what in ("pairs", "margin")]
+        self.counted = ("loss", "gap", "correct", "squares", *names)
+
+    def total(self, items: Sequence[int]) -> float:
+        """Return the number of pairs."""
+        return sum(self.sizes[i] for i in items)
+
+    def losses(self, model: Any, items: Sequence[int]) -> tuple[Tensor, Mapping[str, float]]:
+        """Return the loss of each pair of these groups, [n]."""
+        groups = [self.groups[i] for i in items]
+        hidden, batch = hidden_states(model, [g.row for g in groups], self.layout, self.pad_id)
+        logps = token_logps(hidden, batch.targets, head_of(model))
+        policy = sum_logps(logps, batch.owners, batch.n_completions)
+        reference = torch.cat([self.reference[i] for i in items]).to(policy)
+        pairs, logps_of_pairs = pair_logps(groups, policy, reference)
+        losses = pair_losses(logps_of_pairs, pairs, self.objectives)
+        with torch.no_grad():
+            return losses, self._sums(logps_of_pairs, pairs, losses)
+
+    def names(self, items: Sequence[int]) -> list[str]:
+        """Return the pairs' ids."""
+        return [f"pair {pair.id}" for i in items for pair in self.groups[i].pairs]
+
+    def _sums(self, logps: PairLogps, pairs: Sequence[Pair], losses: Tensor) -> Mapping[str, float]:
+        chosen = logps.policy_chosen - logps.reference_chosen
+        rejected = logps.policy_rejected - logps.reference_rejected
+        gaps = chosen - rejected
+        sums = dict.fromkeys(self.counted, 0.0) | {
+            "loss": float(losses.sum()),
+            "gap": float(gaps.sum()),
+            "correct": float((gaps > 0).sum()),
+            "squares": float((chosen**2 + rejected**2).sum()),
+        }
+        for pair, gap in zip(pairs, gaps.tolist(), strict=True):
+            sums[f"pairs {pair.objective}"] += 1
+            sums[f"margin {pair.objective}"] += self.objectives[pair.objective].settings.beta * gap
+        return sums
+
+    def summary(self, sums: Mapping[str, float], total: float) -> dict[str, Any]:
+        """Return means over the pairs of a step.
+
+        `log_ratio_gap` is h in nats, `margins` the implicit reward margin beta h of the pairs of
+        each objective, `kl_estimate` half the mean squared log-ratio of a response: an estimate of
+        KL(reference || policy) in nats as far as the reference drew the responses.
+        """
+        return {
+            "loss": sums["loss"] / total,
+            "accuracy": sums["correct"] / total,
+            "log_ratio_gap": sums["gap"] / total,
+            "margins": {
+                name: sums[f"margin {name}"] / sums[f"pairs {name}"]
+                for name in self.objectives
+                if sums[f"pairs {name}"]
+            },
+            "kl_estimate": sums["squares"] / (4 * total),
+        }
+
+
+def pair_logps(
+    groups: Sequence[Group], policy: Tensor, reference: Tensor
+) -> tuple[list[Pair], PairLogps]:
+    """Return the pairs of some groups and their log-probabilities, without margins and safety.
+
+    Args:
+        groups: in the order of the tensors.
+        policy: [n] log p of all their completions.
+        reference: [n] the same under the reference.
+    """
+    pairs: list[Pair] = []
+    chosen: list[int] = []
+    rejected: list[int] = []
+    lengths: list[int] = []
+    for group in groups:
+        pairs += group.pairs
+        chosen += [len(lengths) + p.chosen for p in group.pairs]
+        rejected += [len(lengths) + p.rejected for p in group.pairs]
+        lengths += [len(tokens) for tokens in group.row.completions]
+    return pairs, PairLogps(
+        policy[chosen],
+        policy[rejected],
+        reference[chosen],
+        reference[rejected],
+        policy.new_zeros(len(pairs), 0),
+        policy.new_tensor([p.flip_probability for p in pairs]),
+        None,
+        policy.new_tensor(lengths)[torch.tensor([chosen, rejected]).T],
+    )
+
+
+def pair_losses(
+    logps: PairLogps, pairs: Sequence[Pair], objectives: Mapping[str, Objective]
+) -> Tensor:
     """Return the loss of each pair [B]; pairs of different objectives weigh margins differently."""
-    out = logps.policy_chosen.new_zeros(len(part))
+    out = logps.policy_chosen.new_zeros(len(pairs))
     for name, objective in objectives.items():
-        where = [i for i, r in enumerate(part) if r.objective == name]
+        where = [i for i, pair in enumerate(pairs) if pair.objective == name]
         if where:
-            out[where] = objective.loss(_select(logps, part, where), objective.settings)
+            out[where] = objective.loss(_select(logps, pairs, where), objective.settings)
     return out
 
 
-def _select(logps: PairLogps, part: Sequence[PairRows], where: list[int]) -> PairLogps:
-    rows = [part[i].margins for i in where]
-    margins = logps.policy_chosen.new_tensor(rows).reshape(len(where), -1)
-    safety = logps.safety
+def _select(logps: PairLogps, pairs: Sequence[Pair], where: list[int]) -> PairLogps:
+    """Return the pairs of one objective, with their margins, and safety bits if all have them."""
+    margins = [pairs[i].margins for i in where]
+    safety = [pairs[i].safety for i in where]
     return PairLogps(
         logps.policy_chosen[where],
         logps.policy_rejected[where],
         logps.reference_chosen[where],
         logps.reference_rejected[where],
-        margins,
+        logps.policy_chosen.new_tensor(margins).reshape(len(where), -1),
         logps.flip_probability[where],
-        None if safety is None else safety[where],
+        None if None in safety else logps.policy_chosen.new_tensor(safety),
+        None if logps.lengths is None else logps.lengths[where],
     )
-
-
-def _anchor_kl(model: Any, reference: Any, rows: Sequence[Row], pad_id: int) -> torch.Tensor:
-    batch = pad(rows, pad_id, model.device)
-    with torch.no_grad():
-        reference_logits = forward_logits(reference, batch)
-    return forward_kl(forward_logits(model, batch), reference_logits, batch)
-
-
-def _check_start(logps: PairLogps) -> None:
-    gap = logps.policy_chosen - logps.reference_chosen - logps.policy_rejected
-    worst = float((gap + logps.reference_rejected).detach().abs().max())
-    if worst > MARGIN_TOLERANCE:
-        raise ValueError(
-            f"the policy starts {worst:.4f} nats away from its reference; they should be equal"
-        )
-
-
-def _measure(
-    step: int, logps: PairLogps, losses: torch.Tensor, kl: torch.Tensor, norm: float
-) -> dict[str, float]:
-    with torch.no_grad():
-        gap = logps.policy_chosen - logps.reference_chosen
-        gap = gap - (logps.policy_rejected - logps.reference_rejected)
-        return {
-            "step": step,
-            "loss": float(losses.mean()),
-            "anchor_kl": float(kl),
-            "log_ratio_gap": float(gap.mean()),
-            "accuracy": float((gap > 0).float().mean()),
-            "gradient_norm": norm,
-        }
