@@ -85,7 +85,9 @@ def test_every_standard_format_comes_to_the_same(read, row, expected):
 
 
 @pytest.mark.slow  # TRL takes seconds to import
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     prompt=st.text("ab  \n", min_size=2), chosen=st.text("ab ", min_size=1), rejected=st.text("ab ")
 )
@@ -463,7 +465,10 @@ def read_or_refuse(path):
         assert all(map(math.isfinite, each.margins.values()))
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     data=st.binary() | st.lists(SCRAPS | st.binary(max_size=4), max_size=6).map(b"".join),
     suffix=st.sampled_from(["jsonl", "json", "parquet", "ndjson"]),
@@ -474,7 +479,10 @@ def test_any_bytes_are_rows_or_a_bad_input(tmp_path, data, suffix):
     read_or_refuse(path)
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     row=st.sampled_from([TALK, TEXT]),
     changes=st.dictionaries(st.sampled_from([*FIELDS, "chosen_safe", "rejected_safe"]), VALUES),
@@ -483,7 +491,10 @@ def test_any_values_are_rows_or_a_bad_input(tmp_path, row, changes):
     read_or_refuse(lines(tmp_path / "pairs.jsonl", row, {**row, **changes}))
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(place=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255), cut=st.booleans())
 def test_a_damaged_parquet_file_is_rows_or_a_bad_input(tmp_path, place, byte, cut):
     path = tmp_path / "p.parquet"
