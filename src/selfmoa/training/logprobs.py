@@ -358,7 +358,8 @@ def _attend_to_words(work: Tensor, head: Head) -> _Softmax:
 
     The hidden states are its queries, and the weight is both its keys and its values. On a CPU
     this kernel sees logits in fp32, while a product of bf16 matrices rounds them; and it is the
-    fastest way as well, up to `FUSED_WIDTH`.
+    fastest way as well, up to `FUSED_WIDTH`. It takes contiguous rows for granted: given others,
+    it reads other numbers without a word.
     """
     softmax = _Softmax(work, [work.shape[1]])
     for part in _parts(head, work.dtype):

@@ -156,6 +156,8 @@ class _Door(torch.nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._no_split_modules = whole._no_split_modules  # what accelerate shards one by one
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(self.model, *args)
