@@ -253,6 +253,20 @@ def test_one_seed_gives_the_same_bytes_and_another_gives_others(base, pairs, ada
     assert other.stat().st_size == same.stat().st_size
 
 
+def test_dropout_is_drawn_from_the_seed_alone(pairs, tmp_path):
+    model = tiny()
+    model.config.attention_dropout = 0.3
+    save_policy(model, TOKENIZER, tmp_path / "noisy")
+    found = []
+    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+        torch.rand(len(found))  # whoever else draws numbers
+        how = QUICK | {"adapter": "full", "batch_size": 100, "layout": "rows"}
+        train(pairs, str(tmp_path / "noisy"), tmp_path / name, seed=seed, **how)
+        found.append(weights_of(tmp_path / name)["model.norm.weight"])
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
 def test_a_setting_that_is_unknown_or_wrong_is_refused(base, pairs, tmp_path):
     for wrong in ({"learning_rate": 1e-3}, {"beta": 0}, {"adapter": "dora"}, {"max_length": 1}):
         with pytest.raises(ValidationError, match=next(iter(wrong))):
@@ -555,13 +569,13 @@ def test_four_bits_need_a_package_and_name_it(base, pairs, tmp_path):
 
 def test_rows_that_are_too_long_are_dropped_counted_and_told(base, tmp_path):
     rows = rows_of_file()
-    rows[3]["rejected"] = assistant("nobody here can say . " * 9)
+    rows[3]["rejected"] = rows[8]["rejected"] = assistant("nobody here can say . " * 9)
     said = []
     path = write_rows(tmp_path / "long.jsonl", rows)
     done = train(path, str(base), tmp_path / "out", max_length=40, say=said.append, **QUICK)
-    assert done.dropped == {"too_long": 1}
-    assert "1 of 12 rows are longer than 40 tokens and are left out" in said
-    kept = write_rows(tmp_path / "kept.jsonl", rows[:3] + rows[4:])
+    assert done.dropped == {"too_long": 2}
+    assert "2 of 12 rows are longer than 40 tokens and are left out" in said
+    kept = write_rows(tmp_path / "kept.jsonl", rows[:3] + rows[4:8] + rows[9:])
     again = train(kept, str(base), tmp_path / "again", max_length=40, **QUICK)
     assert without_clock(again.log) == without_clock(done.log)
 
@@ -581,19 +595,19 @@ def test_nothing_but_long_rows_stops_the_training(base, pairs, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_row_may_be_as_long_as_is_allowed(base, pairs, tmp_path):
-    longest = max(
-        len(row.prompt) + len(c)
-        for row in encode(TOKENIZER, [user(QUESTIONS[0])], [[REFUSAL, *ANSWERS]])
-        for c in row.completions
-    )
-    for loss in ("dpo", "sft"):
-        how = QUICK | {"loss": loss, "epochs": 0.1}
-        assert not train(pairs, str(base), tmp_path / "fits", max_length=longest, **how).dropped, (
-            loss
-        )
-    done = train(pairs, str(base), tmp_path / "less", max_length=longest - 1, **QUICK)
-    assert 0 < done.dropped["too_long"] < 12
+@pytest.mark.parametrize(("loss", "sides"), [("dpo", [REFUSAL, *ANSWERS]), ("sft", [REFUSAL])])
+def test_a_row_may_be_as_long_as_is_allowed(base, pairs, tmp_path, loss, sides):
+    rows = encode(TOKENIZER, [user(q) for q in QUESTIONS], [sides] * len(QUESTIONS))
+    longest = max(len(row.prompt) + len(c) for row in rows for c in row.completions)
+    how = QUICK | {"loss": loss, "epochs": 0.1}
+    assert train(pairs, str(base), tmp_path / "fits", max_length=longest, **how).dropped == {}
+    # Questions are of equal length, so are refusals: one token less leaves none of them.
+    if loss == "sft":
+        with pytest.raises(TrainingStopped):
+            train(pairs, str(base), tmp_path / "less", max_length=longest - 1, **how)
+    else:
+        done = train(pairs, str(base), tmp_path / "less", max_length=longest - 1, **how)
+        assert 0 < done.dropped["too_long"] < 12
 
 
 # --- what goes wrong on the way ------------------------------------------------------------------
@@ -721,7 +735,7 @@ def test_sharded_processes_leave_checkpoints_alone(base, pairs, tmp_path, monkey
         ({"lora_rank": 8}, "lora_rank"),
         ({"seed": 1}, "seed"),
         ({"pairs": "other"}, "data_digest"),
-        ({"model": "other"}, "start"),
+        ({"model": "other"}, "reference_digest"),
     ],
 )
 def test_what_was_left_of_another_training_is_refused(
@@ -740,7 +754,7 @@ def test_what_was_left_of_another_training_is_refused(
     changed = {name: other[name] if value == "other" else value for name, value in change.items()}
     kept = tmp_path / "out/.training/checkpoint-3"
     before = digest_tree(kept)
-    with pytest.raises(TrainingChanged, match=key) as caught:
+    with pytest.raises(TrainingChanged, match=rf" were made with (\w+\.)*{key}=") as caught:
         train(out=tmp_path / "out", **how | changed)
     assert "train into another folder, or delete them" in str(caught.value)
     assert caught.value.exit_code == 6
@@ -937,20 +951,26 @@ def test_checkpoints_are_written_as_often_as_is_asked(log_of, monkeypatch, every
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_bf16_is_near_fp32_and_what_is_trained_stays_fp32(base, pairs, tmp_path, kind, monkeypatch):
-    seen = []
-    real = fitting.make_trainable
+    seen, is_half = [], []
+    make, run = fitting.make_trainable, preference.hidden_states
 
-    def make(*given):
-        model = real(*given)
+    def made(*given):
+        model = make(*given)
         seen.append({p.requires_grad: p.dtype for p in model.parameters()})
         return model
 
-    monkeypatch.setattr(fitting, "make_trainable", make)
+    def watched(*given, **more):
+        is_half.append(torch.is_autocast_enabled("cpu"))
+        return run(*given, **more)
+
+    monkeypatch.setattr(fitting, "make_trainable", made)
+    monkeypatch.setattr(preference, "hidden_states", watched)
     logs = [
         train(pairs, str(base), tmp_path / name, adapter=kind, precision=name, **QUICK).log
         for name in ("fp32", "bf16")
     ]
     assert differs(*logs, within=0.1)
+    assert is_half == [False] * 8 + [True] * 8
     assert [dtypes[True] for dtypes in seen] == [torch.float32] * 2
     if kind == "lora":
         assert [dtypes[False] for dtypes in seen] == [torch.float32, torch.bfloat16]
@@ -1148,6 +1168,18 @@ def test_a_second_round_that_was_cut_off_ends_with_the_same_bytes(rounds, tmp_pa
     assert without_clock(again.log) == without_clock(whole.log)
     assert len(again.log) == 5
     assert digest_tree(tmp_path / "cut") == digest_tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("key", ["start", "reference_digest"])
+def test_another_start_or_reference_does_not_go_on(rounds, tmp_path, monkeypatch, key):
+    how = (tmp_path / "out", Policy(adapter="lora", checkpoint_every=1))
+    with monkeypatch.context() as patch:
+        cut_after(patch, 1)
+        with pytest.raises(Cut):
+            fit(rounds / "first", rounds / "reset", *how)
+    start, reference = ("reset", "reset") if key == "start" else ("first", "first")
+    with pytest.raises(TrainingChanged, match=f" were made with {key}='sha256:"):
+        fit(rounds / start, rounds / reference, *how)
 
 
 def test_a_second_adapter_is_as_good_a_reference_as_a_model_of_its_own(rounds, base, tmp_path):

@@ -174,13 +174,20 @@ def test_huge_logits_stay_finite(monkeypatch):
     assert_close(found, dense_logps(hidden, targets, head), atol=2e-3, rtol=1e-5)
 
 
-def test_memory_layout_does_not_matter():
-    hidden, targets, head = make()
-    spread = torch.stack([hidden, hidden], dim=2).transpose(0, 1)[:, :, 0].t()
+@pytest.mark.parametrize(
+    ("dtype", "width"), [(torch.float32, 8), (torch.bfloat16, 8), (torch.bfloat16, 600)]
+)
+def test_memory_layout_does_not_matter(dtype, width):
+    """The attention kernel reads other numbers where rows are not contiguous, and says nothing."""
+    hidden, targets, head = make(20, 90, width, dtype=dtype)
+    spread = torch.stack([hidden, hidden], dim=2)[:, :, 0]
     turned = replace(head, weight=head.weight.t().contiguous().t())
     assert not spread.is_contiguous()
     assert not turned.weight.is_contiguous()
-    assert_close(token_logps(spread, targets, turned), token_logps(hidden, targets, head))
+    found, wanted = token_logps(spread, targets, turned), token_logps(hidden, targets, head)
+    assert torch.equal(found, wanted)
+    ours = torch.autograd.grad(found, leaves(hidden, head), factors(found))
+    assert_close(ours, torch.autograd.grad(wanted, leaves(hidden, head), factors(found)))
 
 
 def test_the_same_hidden_states_serve_twice():
@@ -196,6 +203,14 @@ def test_backward_runs_twice_on_a_retained_graph():
     total = token_logps(hidden, targets, head).sum()
     first = torch.autograd.grad(total, leaves(hidden, head), retain_graph=True)
     assert_close(torch.autograd.grad(total, leaves(hidden, head)), first)
+
+
+def test_second_derivatives_are_refused_instead_of_wrong():
+    hidden, targets, head = make()
+    total = token_logps(hidden, targets, head).square().sum()
+    (first,) = torch.autograd.grad(total, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

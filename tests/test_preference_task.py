@@ -544,6 +544,8 @@ def test_what_the_log_says_of_a_step_by_hand():
         "margins": {"safety": pytest.approx(0.1 * 1.5), "helpfulness": pytest.approx(0.2)},
         "kl_estimate": pytest.approx((1 + 9 + 0 + 1 + 4 + 0) / 2 / 6),
     }
+    _, at_the_start = pair_logps([group], theirs, theirs)  # a tie is not right
+    assert task.summary(task._sums(at_the_start, found, losses), 3)["accuracy"] == 0
     one, logps = pair_logps([Group(group.row, group.pairs[:1])], ours, theirs)
     assert task.summary(task._sums(logps, one, losses[:1]), 1)["margins"] == {
         "safety": pytest.approx(0.4)
