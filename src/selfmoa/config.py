@@ -13,6 +13,7 @@ Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class Section(BaseModel):
@@ -25,13 +26,19 @@ class Policy(Section):
     """The model to be aligned, and how its weights are trained."""
 
     world: str = "sandbox"
-    """Where model, prompts, instructions and suites come from (`selfmoa list worlds`)."""
+    """Where model, prompts, instructions and suites come from (`selfmoa list worlds`): "files" is
+    for a model and data of your own."""
     adapter: Literal["lora", "qlora", "full"] = "full"
     """Train a LoRA adapter, one on a base of 4 bits a weight (bitsandbytes), or all weights."""
     lora_rank: Positive = 16
     """Rank r of the LoRA adapter; alpha is 2 r."""
     threads: Annotated[int, Field(ge=0, le=256)] = 0
     """CPU threads of each model; 0 leaves the choice to torch."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where models answer, judge and are trained; "auto" takes an accelerator if there is one."""
+    inference: Literal["auto", "fp32", "bf16", "nf4"] = "auto"
+    """How the weights of models that answer are held; "auto" is bf16 on an accelerator that has
+    it, else fp32. "nf4" is 4 bits a weight (bitsandbytes)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of training; trained weights are kept in fp32 either way."""
     max_length: Annotated[int, Field(ge=8)] = 2048
@@ -46,6 +53,64 @@ class Policy(Section):
     """Let torch.compile translate the model; needs a C++ compiler on a CPU."""
     checkpoint_every: Count = 50
     """Steps between two checkpoints of a training; 0 writes none."""
+
+
+class Model(Section):
+    """The instruct model to be aligned, in worlds that have none of their own."""
+
+    name: str | None = None
+    """A folder, or a name on the model hub."""
+    revision: str | None = None
+    """Of a model on the hub: a commit, so that every run has the same weights."""
+    endpoint: str | None = None
+    """One of `endpoints` that answers for the policy: a server on this machine that loads the
+    folders it is told; without one, this process does."""
+
+
+class Data(Section):
+    """Files of the world "files": what is attacked with, what is harmless, what is graded on."""
+
+    seeds: tuple[str, ...] = ()
+    """Harmful requests that every search starts from: anything `selfmoa attacks import` reads."""
+    instructions: tuple[str, ...] = ()
+    """Harmless instructions, with answers where `reset` is to learn from them (JSON lines, JSON
+    or CSV)."""
+    suite: tuple[str, ...] = ()
+    """Harmful requests to grade on, as `seeds`; without them, a share of the seeds is kept out."""
+    harmless: tuple[str, ...] = ()
+    """Harmless requests to grade on, as `instructions`, best such as only look harmful; without
+    them, a share of the instructions is kept out."""
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """That share, by a hash of the request: its rewrites are on the same side."""
+    styles: tuple[str, ...] = ("plain", "role", "hypothetical", "past", "prefix")
+    """Styles in which the suite asks beside those of `held_out.styles`, in wordings of its own."""
+
+
+class Endpoint(Section):
+    """A server that answers as OpenAI's do: vLLM, llama.cpp, Ollama, a hosted one."""
+
+    url: str
+    """Where it is, such as http://127.0.0.1:8000/v1."""
+    key_env: str | None = None
+    """The environment variable that holds its key; keys never stand in a recipe."""
+    timeout: Rate = 120.0
+    """Seconds that one answer may take in all."""
+    retries: Count = 4
+    """How often a request is sent again that failed for want of room or a connection."""
+    max_concurrency: Positive = 32
+    """Requests under way at once at most; how many, the server's own behaviour tells."""
+    max_requests: Count = 0
+    """Requests that may be sent, overshot by what is under way; 0: any number."""
+    max_tokens: Count = 0
+    """Tokens that may be read and written, in the same way."""
+    max_cost: Annotated[float, Field(ge=0)] = 0.0
+    """Money that may be spent, in the currency of the prices, in the same way."""
+    price_in: Annotated[float, Field(ge=0)] = 0.0
+    """Price of a million tokens read."""
+    price_out: Annotated[float, Field(ge=0)] = 0.0
+    """Price of a million tokens written."""
+    allow_private: bool = False
+    """Allow addresses of a private network; this machine's own are always allowed."""
 
 
 class Sandbox(Section):
@@ -193,8 +258,12 @@ class JudgeModel(Section):
     kind: str
     """What kind of judge it is (`selfmoa list judges`)."""
     model: str | None = None
-    """Its weights: a folder, or a name on the model hub; without one, the instruct model is
-    asked."""
+    """Its weights: a folder, a name on the model hub, or one at the endpoint; without one, the
+    instruct model is asked."""
+    revision: str | None = None
+    """Of a model on the hub: a commit."""
+    endpoint: str | None = None
+    """One of `endpoints` that is asked; without one, the weights are loaded here."""
     family: str | None = None
     """Judges of one family share errors; without one, the kind says. Name it where a model was
     distilled from another judge."""
@@ -289,8 +358,12 @@ class Attacker(Section):
     kind: str
     """What kind it is (`selfmoa list attacks`, `selfmoa list strategies`)."""
     model: str | None = None
-    """The attacker's weights: a folder, or a name on the model hub; without one, the instruct
-    model writes."""
+    """The attacker's weights: a folder, a name on the model hub, or one at the endpoint; without
+    one, the instruct model writes."""
+    revision: str | None = None
+    """Of a model on the hub: a commit."""
+    endpoint: str | None = None
+    """One of `endpoints` that is asked; without one, the weights are loaded here."""
     options: dict[str, Any] = Field(default={})
     """Further settings of the kind."""
     train: bool = False
@@ -359,7 +432,7 @@ class Gate(Section):
 class Recipe(Section):
     """A whole run, as one value."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    name: Name
     """Name of the recipe; runs are put under it."""
     description: str = ""
     """What it is for."""
@@ -373,18 +446,18 @@ class Recipe(Section):
     added_attacks: dict[Annotated[str, Field(pattern=r"^[1-9][0-9]?$")], str] = Field(default={})
     """Operators that joined later, in the same way."""
     policy: Policy = Policy()
+    model: Model = Model()
+    data: Data = Data()
+    endpoints: dict[Name, Endpoint] = Field(default={})
+    """Servers that answer for models, by the names that `model`, `judges` and `attackers` use."""
     sandbox: Sandbox = Sandbox()
     reset: Reset = Reset()
     red_team: RedTeam = RedTeam()
     held_out: HeldOut = HeldOut()
     sample: Sample = Sample()
-    judges: dict[
-        Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")], JudgeModel
-    ] = Field(default={})
+    judges: dict[Name, JudgeModel] = Field(default={})
     """Judges of the recipe's own, by the names that `judge` and `evaluate.judges` use."""
-    attackers: dict[
-        Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")], Attacker
-    ] = Field(default={})
+    attackers: dict[Name, Attacker] = Field(default={})
     """Operators and strategies of the recipe's own, by the names that `red_team` uses."""
     judge: Judges = Judges()
     pair: Pairing = Pairing()
@@ -400,6 +473,40 @@ class Recipe(Section):
                 f"judge '{both[0]}' both trains (judge) and grades (evaluate.judges): "
                 "a judge that trains never grades; choose another one for either"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _models_have_what_answers(self) -> Self:
+        named = {
+            "model": self.model.name,
+            **{f"judges.{k}": j.model for k, j in self.judges.items()},
+            **{f"attackers.{k}": a.model for k, a in self.attackers.items()},
+        }
+        asked = {
+            "model": self.model.endpoint,
+            **{f"judges.{k}": j.endpoint for k, j in self.judges.items()},
+            **{f"attackers.{k}": a.endpoint for k, a in self.attackers.items()},
+        }
+        for where, endpoint in asked.items():
+            if endpoint is None:
+                continue
+            if endpoint not in self.endpoints:
+                known = ", ".join(self.endpoints) or "(none)"
+                raise ValueError(f"{where}.endpoint is '{endpoint}'; endpoints has {known}")
+            if named[where] is None and where != "model":
+                raise ValueError(f"{where} has an endpoint, so it needs a model to ask for there")
+        return self
+
+    @model_validator(mode="after")
+    def _files_are_named(self) -> Self:
+        if self.policy.world == "files":
+            wanted = {
+                "model.name": self.model.name,
+                "data.seeds": self.data.seeds,
+                "data.instructions": self.data.instructions,
+            }
+            if missing := [key for key, value in wanted.items() if not value]:
+                raise ValueError(f"the world 'files' needs {', '.join(missing)}")
         return self
 
     @model_validator(mode="after")

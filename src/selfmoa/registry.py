@@ -14,7 +14,10 @@ from typing import Any
 from selfmoa.errors import BrokenPlugin, MissingExtra, UnknownPlugin
 
 PLUGINS: dict[str, dict[str, str]] = {
-    "world": {"sandbox": "selfmoa.sandbox.vale:BrindleVale"},
+    "world": {
+        "sandbox": "selfmoa.sandbox.vale:BrindleVale",
+        "files": "selfmoa.suites.files:Files",
+    },
     "generator": {
         "local": "selfmoa.generators.local:LocalGenerator",
         "classifier": "selfmoa.generators.classifier:LocalClassifier",

@@ -23,9 +23,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from selfmoa.attacks.archive import Entry, from_row
+from selfmoa.attacks.rows import Row
 from selfmoa.records import Intent, Message
-
-Row = Mapping[str, Any]
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "messages": ("messages", "conversation"),

@@ -285,6 +285,8 @@ class Context:
             outputs = record.outputs if record else {}
             found[key] = content_id(outputs, length=32)
         found["instruct"] = self.models.digest(self.instruct_folder)
+        # A world of the user's own files says what they hold.
+        found |= getattr(self.world, "digest", {})
         return found
 
     # Small conveniences, so that stages read like their method

@@ -40,9 +40,10 @@ class ResetStage:
         settings = context.recipe.reset
         if not settings.enabled:
             return
-        examples = context.world.instructions(
+        drawn = context.world.instructions(
             settings.examples, context.seed("instructions"), settings.howto_share
         )
+        examples = [(prompt, answer) for prompt, answer in drawn if answer]
         done = fitting.fit_reset(
             context.instruct_folder,
             context.out("policy"),
