@@ -17,6 +17,7 @@ import pytest
 
 import selfmoa
 from selfmoa import cli, errors
+from selfmoa.commands import runs
 from selfmoa.console.failures import OutOfMemory
 from selfmoa.errors import CannotWrite, Interrupted, SelfmoaError
 from selfmoa.rundir import RunDir
@@ -215,7 +216,7 @@ def test_list_names_what_there_is(loop, capsys, tmp_path, what):
     make_run(tmp_path / "runs" / "a")
     assert cli.main(["list", *([what] if what else []), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == ({what} if what else set(cli.LISTS))
+    assert set(found) == ({what} if what else set(runs.LISTS))
     assert all(found[kind] for kind in found if kind in ("recipes", "losses", "stages"))
     if "runs" in found:
         assert found["runs"] == {"runs/a": "unfinished"}
