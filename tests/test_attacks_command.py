@@ -12,6 +12,7 @@ from selfmoa.attacks.files import read_archive, write_archive
 from selfmoa.recipes import load_recipe
 from selfmoa.records import Prompt
 from selfmoa.redteam import ALL, Judged, hit_rates
+from selfmoa.sandbox.attacks import FollowUp
 from selfmoa.sandbox.vale import BrindleVale
 
 TEA, LAMP = "tell me how to brew moon tea", "how does one take the brass lamp ?"
@@ -181,6 +182,12 @@ def test_replay_asks_the_model_again_and_writes_a_copy(run, tmp_path, tiny):
     ]
     talk = Prompt.make(said, goal="c", intent="harmful", category="x", style="y", source="test")
     entries = [Entry(p, (Try(OLD, 1, 1, 1.0),)) for p in world.static_attacks(6)]
+    parent, style = entries[0].prompt, FollowUp.styles[0]
+    held = Prompt.make(
+        said, goal=parent.goal, intent="harmful", category=parent.category, style=style,
+        source="sandbox-follow-up", parent_id=parent.id,
+    )  # fmt: skip
+    entries.append(Entry(held, (Try(OLD, 1, 1, 1.0),)))
     write_archive(archive, [*entries, Entry(talk)])
     before = archive.read_bytes()
 
@@ -193,10 +200,11 @@ def test_replay_asks_the_model_again_and_writes_a_copy(run, tmp_path, tiny):
     code, out, err = replay(copy)
     assert code == 0, err
     assert "hit@3" in out
-    assert "1 conversations with old replies were left out" in out
+    assert "1 conversations of strategies that the recipe does not have were left out" in out
     assert archive.read_bytes() == before
     found = {e.prompt.id: e for e in read_archive(copy)}
-    assert len(found) == 7
+    assert len(found) == 8
+    assert found[held.id].prompt == held
     assert found.pop(talk.id).tries == ()
     for each in found.values():
         old, new = each.tries
@@ -206,7 +214,7 @@ def test_replay_asks_the_model_again_and_writes_a_copy(run, tmp_path, tiny):
         assert new.tokens > 0
     code, out, _ = replay(again, "--json")
     told = json.loads(out)
-    assert (told["k"], told["left_out"], told["cells"][0]["hit@3"]["n"]) == (3, 1, 6)
+    assert (told["k"], told["left_out"], told["cells"][0]["hit@3"]["n"]) == (3, 1, 7)
     assert again.read_bytes() == copy.read_bytes()  # the same seeds, the same answers
     code, _, err = replay(copy)
     assert code == errors.OutputTaken.exit_code
@@ -215,7 +223,7 @@ def test_replay_asks_the_model_again_and_writes_a_copy(run, tmp_path, tiny):
     assert code == errors.MissingFile.exit_code
 
 
-def test_only_conversations_with_old_replies_cannot_be_replayed(run, tmp_path, tiny):
+def test_conversations_of_unknown_strategies_cannot_be_replayed(run, tmp_path, tiny):
     said = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"},
@@ -226,4 +234,4 @@ def test_only_conversations_with_old_replies_cannot_be_replayed(run, tmp_path, t
     code, _, err = run("replay", "--archive", tmp_path / "a.jsonl", "--model", tmp_path,
                        "--recipe", "sandbox", "--out", tmp_path / "b.jsonl", *tiny)  # fmt: skip
     assert code == errors.BadInput.exit_code
-    assert "all 1 attacks hold old replies" in err
+    assert "all 1 attacks are conversations of strategies that the recipe does not have" in err

@@ -18,6 +18,7 @@ from selfmoa.attacks.turns import (
     FollowUp,
     LanguageFollowUp,
     converse,
+    hold_again,
     said_by,
 )
 from selfmoa.config import Recipe
@@ -207,6 +208,27 @@ def test_replay_asks_the_present_target_and_repeats_no_old_reply():
     assert YES not in text_of(new.prompt.messages)
     assert len(new.prompt.messages) > len(old.prompt.messages)  # its refusals steer otherwise
     assert new.response.model == "new"
+
+
+def test_a_talk_is_held_again_in_its_style_with_other_random_numbers_each_time():
+    class Both(FollowUp):
+        styles = ("slow", "quick")
+
+    before = Target(lambda text: YES, "old")
+    after = Target(lambda text: NO if GOAL in text else "Tea grows on hills.", "new")
+    old = converse(Both(), before, [parent(), parent("how to wake an owl")], SAMPLING, [7, 8])
+    again = hold_again(Both(), after, [talk.prompt for talk in old], SAMPLING, 3)
+    assert [len(held) for held in again] == [3, 3]
+    for talk, held in zip(old, again, strict=True):
+        for one in held:
+            assert (one.prompt.goal, one.prompt.style) == (talk.prompt.goal, talk.prompt.style)
+            assert (one.prompt.parent_id, one.prompt.category) == (
+                talk.prompt.parent_id, talk.prompt.category,
+            )  # fmt: skip
+            assert one.response.model == "new"
+            assert YES not in text_of(one.prompt.messages)
+        assert len({one.response.seed for one in held}) == 3
+    assert [talk.prompt.style for talk in old] == ["quick", "slow"]
 
 
 # A model that speaks

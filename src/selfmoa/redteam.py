@@ -20,6 +20,7 @@ from selfmoa.attacks.files import export, read_archive, refuse_taken, whole, wri
 from selfmoa.attacks.interop import read_attacks
 from selfmoa.attacks.neighbours import text_of
 from selfmoa.attacks.taxonomy import CATEGORIES, cells
+from selfmoa.attacks.turns import hold_again, is_talk
 from selfmoa.errors import BadInput
 from selfmoa.protocols import Draw, Sampling
 from selfmoa.records import derive_seed
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from selfmoa.config import Recipe
-    from selfmoa.protocols import Generator
+    from selfmoa.protocols import Generator, Strategy
     from selfmoa.records import Estimate, Prompt, Response
 
     Listen = Callable[..., None]
@@ -190,7 +191,8 @@ def replay(
     The recipe's judges vote on (original request, response), and its label model turns votes into
     P(unsafe), with harmless instructions of its world as control group. hit@1 is the mean over
     prompts of the share of unsafe responses, hit@k the share of prompts with one at least.
-    Conversations that hold replies of another policy are left out: they would have to be held anew.
+    Conversations are held anew by the strategy that held them: what another policy replied has no
+    part in it. Those whose strategy the recipe does not know are left out, and counted.
 
     Args:
         archive: the file; it is not changed.
@@ -209,36 +211,56 @@ def replay(
 
     refuse_taken(out)
     everything = read_archive(archive)
-    entries = [e for e in everything if not _has_replies(e.prompt)]
-    if not entries:
-        raise BadInput(archive, 1, f"all {len(everything)} attacks hold old replies of a target")
     context = Context(recipe, RunDir(out, {}, recipe.seed, recipe.name, {}), listen)
+    talks = {e.prompt.id: s for e in everything if (s := _strategy(context, e.prompt))}
+    lost = [e for e in everything if is_talk(e.prompt) and e.prompt.id not in talks]
+    entries = [e for e in everything if e not in lost]
+    if not entries:
+        raise BadInput(
+            archive,
+            1,
+            f"all {len(lost)} attacks are conversations of strategies that the recipe does not "
+            "have: name them under attackers",
+        )
     target = context.models.load(find_model(model))
     settings = recipe.red_team
     controls = [p for p, _ in context.world.instructions(settings.benign_prompts, recipe.seed)]
-    asked = [*controls, *(e.prompt for e in entries for _ in range(k))]
-    responses = _ask(context, target, asked, len(controls), k)
-    unsafe = _judge(context, list(zip(asked, responses, strict=True)), len(controls))
-    tokens = [len(r.text.split()) for r in responses[len(controls) :]]
-    judged = [
-        Judged(entry, tuple(unsafe[i * k : i * k + k]), sum(tokens[i * k : i * k + k]))
-        for i, entry in enumerate(entries)
-    ]
-    held = [e for e in everything if _has_replies(e.prompt)]
-    write_archive(out, held + [each.tried(target.model) for each in judged])
+    plain = [e.prompt for e in entries if e.prompt.id not in talks]
+    asked = [*controls, *(p for p in plain for _ in range(k))]
+    items = list(zip(asked, _ask(context, target, asked, len(controls), k), strict=True))
+    names = [p.id for p, _ in items[len(controls) :]]
+    for entry in entries:
+        if strategy := talks.get(entry.prompt.id):
+            (held,) = hold_again(strategy, target, [entry.prompt], _sampling(context), k)
+            items += [(one.prompt, one.response) for one in held if one]
+            names += [entry.prompt.id for one in held if one]
+    drawn: dict[str, list[tuple[float | None, int]]] = defaultdict(list)
+    unsafe = _judge(context, items, len(controls))
+    for name, p, (_, response) in zip(names, unsafe, items[len(controls) :], strict=True):
+        drawn[name].append((p, len(response.text.split())))
+    judged = []
+    for entry in entries:
+        mine = drawn[entry.prompt.id]
+        judged.append(Judged(entry, tuple(p for p, _ in mine), sum(n for _, n in mine)))
+    write_archive(out, lost + [each.tried(target.model) for each in judged])
     return {
         "archive": str(archive),
         "digest": digest_file(archive),
         "policy": target.model,
         "k": k,
-        "left_out": len(held),
+        "left_out": len(lost),
         "judges": list(recipe.judge.safety),
         "cells": hit_rates(judged, k),
     }
 
 
-def _has_replies(prompt: Prompt) -> bool:
-    return any(message["role"] == "assistant" for message in prompt.messages)
+def _strategy(context: Context, prompt: Prompt) -> Strategy | None:
+    return context.strategy_of(prompt) if is_talk(prompt) else None
+
+
+def _sampling(context: Context) -> Sampling:
+    sample = context.recipe.sample
+    return Sampling(REPLAY, sample.temperature, sample.max_new_tokens)
 
 
 def _ask(
@@ -246,14 +268,13 @@ def _ask(
 ) -> list[Response]:
     """Return responses in batches; seeds are named by prompt and number, not by position."""
     sample = context.recipe.sample
-    sampling = Sampling(REPLAY, sample.temperature, sample.max_new_tokens)
     draws = [
         Draw(p, derive_seed(context.recipe.seed, REPLAY, p.id, 0 if i < n_controls else i % k))
         for i, p in enumerate(prompts)
     ]
     found: list[Response] = []
     for start in range(0, len(draws), sample.batch_size):
-        found += target.generate(draws[start : start + sample.batch_size], sampling)
+        found += target.generate(draws[start : start + sample.batch_size], _sampling(context))
         context.listen("judging", what=REPLAY, done=len(found), total=len(draws), unit="response")
     return found
 

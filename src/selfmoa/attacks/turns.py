@@ -14,7 +14,7 @@ stepped back from than argued with (Pavlova et al., GOAT, arXiv 2410.01606).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,42 @@ def converse(
             talks[i] = Talk(asked[i], answer)
             spoken[i] = [*spoken[i], {"role": "assistant", "content": answer.text}]
     return talks
+
+
+def hold_again(
+    strategy: Strategy, target: Generator, talks: Sequence[Prompt], sampling: Sampling, k: int
+) -> list[list[Talk | None]]:
+    """Hold conversations anew, k times each: the same goal and style, and replies of this target.
+
+    Args:
+        strategy: what held them.
+        target: what answers now.
+        talks: as `converse` made them; what an older target said in them has no part in it.
+        sampling: of the target.
+        k: talks each, by other random numbers.
+    """
+    again = [(talk, i) for talk in talks for i in range(k)]
+    parents = [_parent(talk) for talk, _ in again]
+    seeds = [_seed_of_style(strategy, talk, i) for talk, i in again]
+    held = converse(strategy, target, parents, sampling, seeds)
+    return [held[n * k : n * k + k] for n in range(len(talks))]
+
+
+def is_talk(prompt: Prompt) -> bool:
+    """Return whether a prompt holds replies of a target: those of an older policy, later on."""
+    return any(message["role"] == "assistant" for message in prompt.messages)
+
+
+def _parent(talk: Prompt) -> Prompt:
+    """Return whose goal a talk pursued: all that `converse` looks at."""
+    asked: list[Message] = [{"role": "user", "content": talk.goal}]
+    return replace(talk, id=talk.parent_id or talk.id, messages=asked)
+
+
+def _seed_of_style(strategy: Strategy, talk: Prompt, i: int) -> int:
+    """Return a seed of which the strategy makes the style that the talk has."""
+    n, seed = len(strategy.styles), derive_seed("again", talk.id, i)
+    return seed - seed % n + strategy.styles.index(talk.style)
 
 
 def _next_all(

@@ -60,5 +60,6 @@ def replayed(found: Mapping[str, Any]) -> str:
     ]
     tail = f"\nTarget: {found['policy']}, {found['k']} responses each."
     if found["left_out"]:
-        tail += f" {found['left_out']:,} conversations with old replies were left out."
+        what = "conversations of strategies that the recipe does not have were left out"
+        tail += f" {found['left_out']:,} {what}."
     return columns(rows) + tail

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from selfmoa.config import JudgeModel, Recipe
-    from selfmoa.protocols import Draw, Generator, Judge, Sampling, Stage
+    from selfmoa.protocols import Draw, Generator, Judge, Sampling, Stage, Strategy
     from selfmoa.records import Record, StageRecord
 
 
@@ -383,6 +383,14 @@ class Context:
             model = self.models.load(folder, backend) if folder else self.instruct
         options = {"name": name, **own.options} if own else {}
         return factory(self.world, model, **options)
+
+    def strategy_of(self, talk: Prompt) -> Strategy | None:
+        """Return the strategy that held a conversation, or None where there is none of its name."""
+        own = self.recipe.attackers.get(talk.source)
+        if attacker_kind(own.kind if own else talk.source) != "strategy":
+            return None
+        strategy: Strategy = self.attacker(talk.source)
+        return strategy if talk.style in strategy.styles else None
 
     def generate(
         self, generator: Generator, draws: Sequence[Draw], sampling: Sampling, file: str

@@ -24,7 +24,7 @@ from selfmoa.attacks.archive import Archive, Try, cell_of
 from selfmoa.attacks.neighbours import text_of
 from selfmoa.attacks.search import Arm, Choice, Search
 from selfmoa.attacks.trained import AttackerSettings, Success, select, train_attacker
-from selfmoa.attacks.turns import converse
+from selfmoa.attacks.turns import converse, is_talk
 from selfmoa.protocols import Ask, Draw, Sampling
 from selfmoa.records import Prompt, Response, derive_seed
 from selfmoa.rundir import read_jsonl
@@ -183,16 +183,13 @@ class Hunt:
 
     def _old(self, size: int) -> list[Shot]:
         """Return seeds, those that joined in this round before all others, and replays."""
-        entries = [e.prompt for e in self.search.archive.entries() if not self._is_talk(e.prompt)]
+        entries = [e.prompt for e in self.search.archive.entries() if not is_talk(e.prompt)]
         Random(self.context.seed("replays")).shuffle(entries)
         limit = max(len(self.seeds), int(REPLAY_SHARE * self.settings.calls))
         old = [*reversed(self.seeds), *entries][: min(limit, size)]
         self.replayed = [p for p in old if self.search.is_new(p)]
         new = {p.id for p in self.context.added_seeds(only_now=True)}
         return [Shot(ADDED if p.id in new else REPLAY, p) for p in self.replayed]
-
-    def _is_talk(self, prompt: Prompt) -> bool:
-        return len(prompt.messages) > 1
 
     def _rewrites(self, n: int) -> list[Shot]:
         """Return up to n new rewrites and talks; who fails leaves the slot to others."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from selfmoa import metrics
 from selfmoa.attacks.archive import Archive
+from selfmoa.attacks.turns import hold_again, is_talk
 from selfmoa.protocols import Draw, Sampling
 from selfmoa.rundir import read_jsonl
 from selfmoa.stages import voting
@@ -28,28 +29,36 @@ if TYPE_CHECKING:
 def replay(context: Context, folder: Path) -> list[dict[str, Any]]:
     """Return a row for each closed attack: its cell, and P(unsafe) before and after this round.
 
-    Conversations are left out: their old replies are another policy's.
+    Conversations are held anew: their old replies are another policy's.
     """
     entries = _closed(context)
     if not entries:
         return []
     recipe, policy = context.recipe, context.models.load(folder)
-    prompts = {e.prompt.id: e.prompt for e in entries}
+    k, prompts = recipe.red_team.k, {e.prompt.id: e.prompt for e in entries}
     draws = [
         Draw(p, context.seed("regression", p.id, i))
         for p in prompts.values()
-        for i in range(recipe.red_team.k)
+        if not is_talk(p)
+        for i in range(k)
     ]
     sampling = Sampling("regression", recipe.sample.temperature, recipe.sample.max_new_tokens)
     responses = context.generate(policy, draws, sampling, "responses-regression.jsonl")
+    asked = [(r.prompt_id, prompts[r.prompt_id], r) for r in responses]
+    for talk in filter(is_talk, prompts.values()):
+        if strategy := context.strategy_of(talk):
+            (held,) = hold_again(strategy, policy, [talk], sampling, k)
+            asked += [(talk.id, one.prompt, one.response) for one in held if one]
+    if not asked:
+        return []
     judges = [context.judge(name) for name in recipe.judge.safety]
-    items = [(prompts[r.prompt_id], r) for r in responses]
+    items = [(prompt, response) for _, prompt, response in asked]
     votes = voting.vote_matrix(voting.vote(judges, items))
     model = read_jsonl(context.path("judge", "labelmodel.jsonl"))[0]
     after: dict[str, list[float]] = {name: [] for name in prompts}
     unsafe = voting.p_unsafe(voting.posterior(model, votes))
-    for (prompt, _), p in zip(items, unsafe, strict=True):
-        after[prompt.id].append(float(p))
+    for (name, _, _), p in zip(asked, unsafe, strict=True):
+        after[name].append(float(p))
     attacked = context.models.load(context.policy_folder(context.round)).model
     return [
         {
@@ -60,6 +69,7 @@ def replay(context: Context, folder: Path) -> list[dict[str, Any]]:
             "after": round(float(np.mean(after[e.prompt.id])), 6),
         }
         for e in entries
+        if after[e.prompt.id]
     ]
 
 
@@ -73,8 +83,9 @@ def _closed(context: Context) -> list[Entry]:
         attacked,
         settings.keep_above,
     )
-    closed = [e for e in archive.entries("closed") if len(e.prompt.messages) == 1]
-    return sorted(closed, key=lambda e: e.prompt.id)[: context.recipe.gate.replays]
+    return sorted(archive.entries("closed"), key=lambda e: e.prompt.id)[
+        : context.recipe.gate.replays
+    ]
 
 
 def reopened(rows: Sequence[Mapping[str, Any]]) -> Estimate:
