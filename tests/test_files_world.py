@@ -10,6 +10,7 @@ import pytest
 
 from selfmoa.attacks.leakage import leaks
 from selfmoa.errors import BadInput, LeakFound, MissingFile, RecipeError
+from selfmoa.loop import refuse_unworkable
 from selfmoa.recipes import load_recipe
 from selfmoa.suites.files import Files
 from selfmoa.suites.instructions import read_instructions
@@ -187,5 +188,5 @@ def test_missing_files_and_unknown_styles_are_told(files: dict[str, str]) -> Non
         world(files | {"seeds": "nowhere.jsonl"})
     with pytest.raises(RecipeError, match=r"no style 'rolle'\. Did you mean 'role'"):
         world(files, "data.styles=[plain, rolle]")
-    with pytest.raises(RecipeError, match=r"the world 'files' needs model.name, data.seeds"):
-        load_recipe("sandbox", ["policy.world=files"])
+    with pytest.raises(RecipeError, match=r"it needs model\.name, data\.seeds"):
+        refuse_unworkable(load_recipe("sandbox", ["policy.world=files"]))

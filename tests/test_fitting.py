@@ -721,7 +721,7 @@ def test_sharded_processes_leave_checkpoints_alone(base, pairs, tmp_path, monkey
         given.append(checkpoints)
         raise Cut
 
-    monkeypatch.setattr(fitting, "join", lambda: sharded)
+    monkeypatch.setattr(fitting, "join", lambda *_: sharded)
     monkeypatch.setattr(fitting, "fit", fit)
     with pytest.raises(Cut):
         train(pairs, str(base), tmp_path / "out", **QUICK)

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import click
 
-from selfmoa.commands import attacks, judges, runs, training
+from selfmoa.commands import attacks, judges, recipes, release, runs, training
 from selfmoa.commands.shared import Commands, Job
 from selfmoa.console.failures import explain
 
@@ -121,14 +121,19 @@ def app() -> None:
 
 for command in (
     runs.demo,
+    recipes.init,
     runs.run,
     training.train,
     runs.resume,
     runs.status,
     runs.report,
     runs.list_,
+    recipes.recipes,
     runs.compare,
     judges.judges,
     attacks.attacks,
+    release.export,
+    release.merge,
+    release.push,
 ):
     app.add_command(command)

@@ -34,6 +34,8 @@ class Policy(Section):
     """Rank r of the LoRA adapter; alpha is 2 r."""
     threads: Annotated[int, Field(ge=0, le=256)] = 0
     """CPU threads of each model; 0 leaves the choice to torch."""
+    engine: Literal["local", "vllm"] = "local"
+    """What answers on this machine: transformers, or vLLM (its extra)."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where models answer, judge and are trained; "auto" takes an accelerator if there is one."""
     inference: Literal["auto", "fp32", "bf16", "nf4"] = "auto"
@@ -62,6 +64,8 @@ class Model(Section):
     """A folder, or a name on the model hub."""
     revision: str | None = None
     """Of a model on the hub: a commit, so that every run has the same weights."""
+    template: dict[str, Any] = Field(default={})
+    """Further variables of its chat template when it answers, such as {enable_thinking: false}."""
     endpoint: str | None = None
     """One of `endpoints` that answers for the policy: a server on this machine that loads the
     folders it is told; without one, this process does."""
@@ -111,6 +115,14 @@ class Endpoint(Section):
     """Price of a million tokens written."""
     allow_private: bool = False
     """Allow addresses of a private network; this machine's own are always allowed."""
+
+    @model_validator(mode="after")
+    def _a_budget_of_money_needs_prices(self) -> Self:
+        if self.max_cost and not (self.price_in or self.price_out):
+            raise ValueError(
+                "max_cost needs price_in or price_out: without, nothing costs anything"
+            )
+        return self
 
 
 class Sandbox(Section):
@@ -495,18 +507,6 @@ class Recipe(Section):
                 raise ValueError(f"{where}.endpoint is '{endpoint}'; endpoints has {known}")
             if named[where] is None and where != "model":
                 raise ValueError(f"{where} has an endpoint, so it needs a model to ask for there")
-        return self
-
-    @model_validator(mode="after")
-    def _files_are_named(self) -> Self:
-        if self.policy.world == "files":
-            wanted = {
-                "model.name": self.model.name,
-                "data.seeds": self.data.seeds,
-                "data.instructions": self.data.instructions,
-            }
-            if missing := [key for key, value in wanted.items() if not value]:
-                raise ValueError(f"the world 'files' needs {', '.join(missing)}")
         return self
 
     @model_validator(mode="after")

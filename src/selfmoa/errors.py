@@ -43,9 +43,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 class SelfmoaError(Exception):
-    """A condition a user can act on; printed as one sentence without a traceback."""
+    """A condition a user can act on; printed as one sentence without a traceback.
+
+    `is_fatal` says that nothing else can be asked either: it ends what is under way.
+    """
 
     exit_code = 1
+    is_fatal = False
 
 
 class RecipeError(SelfmoaError):
@@ -283,6 +287,20 @@ class LeakFound(SelfmoaError):  # noqa: N818
             f"{n} held-out prompts were trained on: {heldout} {how} of {training}; take them out "
             "of either side, then run the same command again."
         )
+
+
+class EndpointError(SelfmoaError):
+    """An endpoint gave no usable answer.
+
+    `is_transient` says that another try may help.
+    """
+
+    exit_code = 20
+    is_transient = False
+
+    def __init__(self, url: str, seen: str, remedy: str) -> None:
+        self.url, self.seen = url, seen
+        super().__init__(f"endpoint {url}: {seen}; {remedy}.")
 
 
 class OutputTaken(SelfmoaError):  # noqa: N818

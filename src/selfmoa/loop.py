@@ -179,6 +179,7 @@ def refuse_unworkable(recipe: Recipe, only: tuple[str, int | None] | None = None
         where = only[0] if only[1] is None else f"{only[0]} --round {only[1]}"
         raise RecipeError(f"--stage {where}", f"a run of {recipe.rounds} rounds has no such stage")
     registry.resolve("world", recipe.policy.world)
+    _refuse_unnamed(recipe)
     for kind, names in (
         ("attack", recipe.red_team.attacks),
         ("strategy", recipe.red_team.strategies),
@@ -198,6 +199,22 @@ def refuse_unworkable(recipe: Recipe, only: tuple[str, int | None] | None = None
         )
     if recipe.train.loss != "sft":
         registry.resolve("loss", recipe.train.loss)
+
+
+def _refuse_unnamed(recipe: Recipe) -> None:
+    """Refuse the world of the user's files where none are named, as in shipped recipes."""
+    wanted = {
+        "model.name": recipe.model.name,
+        "data.seeds": recipe.data.seeds,
+        "data.instructions": recipe.data.instructions,
+    }
+    missing = [key for key, value in wanted.items() if not value]
+    if recipe.policy.world == "files" and missing:
+        raise RecipeError(
+            f"recipe '{recipe.name}'",
+            f"it needs {', '.join(missing)}: name your own, as in data.seeds=[FILE], or have "
+            "`selfmoa init` write a recipe",
+        )
 
 
 def _refuse_judges(recipe: Recipe) -> None:
@@ -252,9 +269,10 @@ def _refuse_attacker(recipe: Recipe, kind: str, name: str) -> None:
     if own is None:
         return
     _refuse_options(f"attackers.{name}", own, factory)
-    if own.train and own.model is None:
+    if own.train and (own.model is None or own.endpoint is not None):
         raise RecipeError(
-            f"attackers.{name}.train", "an attacker that is trained needs a model of its own"
+            f"attackers.{name}.train",
+            "an attacker that is trained needs a model of its own on this machine",
         )
 
 
@@ -282,6 +300,10 @@ def _refuse_options(where: str, own: Attacker | JudgeModel, factory: Any) -> Non
     is_open = any(p.kind is p.VAR_KEYWORD for p in signature(factory).parameters.values())
     if "name" not in known and not is_open:
         raise RecipeError(f"{where}.kind", f"'{own.kind}' takes no settings: name it as it is")
+    backend = getattr(factory, "backend", "local")
+    if own.endpoint is not None and backend != "local":
+        needs = "no model" if backend is None else f"a {backend}, which endpoints do not serve"
+        raise RecipeError(f"{where}.endpoint", f"'{own.kind}' asks {needs}: leave it out")
     for option in own.options:
         is_unknown = option not in known and not (is_open and not hasattr(factory, "options"))
         if is_unknown or option in ("name", "family"):

@@ -22,7 +22,7 @@ from selfmoa.attacks.neighbours import text_of
 from selfmoa.attacks.taxonomy import CATEGORIES, cells
 from selfmoa.attacks.turns import hold_again, is_talk
 from selfmoa.errors import BadInput
-from selfmoa.protocols import Draw, Sampling
+from selfmoa.protocols import Draw
 from selfmoa.records import derive_seed
 from selfmoa.rundir import RunDir
 from selfmoa.rundir.files import digest_file
@@ -231,7 +231,7 @@ def replay(
     names = [p.id for p, _ in items[len(controls) :]]
     for entry in entries:
         if strategy := talks.get(entry.prompt.id):
-            (held,) = hold_again(strategy, target, [entry.prompt], _sampling(context), k)
+            (held,) = hold_again(strategy, target, [entry.prompt], context.sampling(REPLAY), k)
             items += [(one.prompt, one.response) for one in held if one]
             names += [entry.prompt.id for one in held if one]
     drawn: dict[str, list[tuple[float | None, int]]] = defaultdict(list)
@@ -258,11 +258,6 @@ def _strategy(context: Context, prompt: Prompt) -> Strategy | None:
     return context.strategy_of(prompt) if is_talk(prompt) else None
 
 
-def _sampling(context: Context) -> Sampling:
-    sample = context.recipe.sample
-    return Sampling(REPLAY, sample.temperature, sample.max_new_tokens)
-
-
 def _ask(
     context: Context, target: Generator, prompts: Sequence[Prompt], n_controls: int, k: int
 ) -> list[Response]:
@@ -274,7 +269,7 @@ def _ask(
     ]
     found: list[Response] = []
     for start in range(0, len(draws), sample.batch_size):
-        found += target.generate(draws[start : start + sample.batch_size], _sampling(context))
+        found += target.generate(draws[start : start + sample.batch_size], context.sampling(REPLAY))
         context.listen("judging", what=REPLAY, done=len(found), total=len(draws), unit="response")
     return found
 

@@ -21,6 +21,8 @@ PLUGINS: dict[str, dict[str, str]] = {
     "generator": {
         "local": "selfmoa.generators.local:LocalGenerator",
         "classifier": "selfmoa.generators.classifier:LocalClassifier",
+        "vllm": "selfmoa.generators.vllm:VLLMGenerator",
+        "openai": "selfmoa.generators.openai:EndpointGenerator",
     },
     "attack": {
         "sandbox-hide": "selfmoa.sandbox.attacks:Hide",

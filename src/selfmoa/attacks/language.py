@@ -205,7 +205,9 @@ class Writer:
                 return [None]
             half = len(asked) // 2
             return self._generate(asked[:half]) + self._generate(asked[half:])
-        except (SelfmoaError, OSError):  # a time-out is one
+        except (SelfmoaError, OSError) as error:  # a time-out is one
+            if getattr(error, "is_fatal", False):
+                raise
             return [None] * len(asked)
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfmoa.attacks.drift import content_words
 from selfmoa.attacks.language import Assignment, Writer, assign
+from selfmoa.errors import BadInput
 from selfmoa.judges.refusal import reading
 from selfmoa.protocols import Draw
 from selfmoa.records import Prompt, derive_seed
@@ -84,7 +85,8 @@ def converse(
         seeds: one a parent.
 
     Returns:
-        A talk a parent, or None where the strategy had nothing to say.
+        A talk a parent, up to what the target can still read; or None where the strategy had
+        nothing to say.
     """
     talks: list[Talk | None] = [None] * len(parents)
     spoken: list[list[Message]] = [[] for _ in parents]
@@ -97,11 +99,23 @@ def converse(
             spoken[i] = [*spoken[i], {"role": "user", "content": text}]
         asked = {i: _as_prompt(strategy, parents[i], spoken[i], seeds[i]) for i in going}
         draws = [Draw(asked[i], derive_seed("turn", seeds[i], turn)) for i in going]
-        answers = target.generate(draws, sampling) if draws else []
-        for i, answer in zip(going, answers, strict=True):
-            talks[i] = Talk(asked[i], answer)
-            spoken[i] = [*spoken[i], {"role": "assistant", "content": answer.text}]
+        for i, answer in zip(going, answers(target, draws, sampling), strict=True):
+            if answer:
+                talks[i] = Talk(asked[i], answer)
+                spoken[i] = [*spoken[i], {"role": "assistant", "content": answer.text}]
+        going = [i for i in going if spoken[i][-1]["role"] == "assistant"]
     return talks
+
+
+def answers(target: Generator, draws: Sequence[Draw], sampling: Sampling) -> list[Response | None]:
+    """Return what a target answers; None to what it cannot take, which is found by halving."""
+    try:
+        return list(target.generate(draws, sampling)) if draws else []
+    except BadInput:
+        if len(draws) == 1:
+            return [None]
+        half = len(draws) // 2
+        return answers(target, draws[:half], sampling) + answers(target, draws[half:], sampling)
 
 
 def hold_again(

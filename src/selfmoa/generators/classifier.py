@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from selfmoa.errors import BadInput
+from selfmoa.generators.devices import BYTES, Device, Weights, stored_weights
+from selfmoa.training.intake import refuse_unfit
 from selfmoa.training.policy import load_tokenizer
 from selfmoa.training.tokens import apart, encode_prompts
 
@@ -26,25 +28,58 @@ if TYPE_CHECKING:
 
 
 class LocalClassifier:
-    """A sequence classifier and its tokenizer, both already loaded; see `protocols.Classifier`."""
+    """A sequence classifier and its tokenizer; see `protocols.Classifier`."""
 
-    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
-        self.lm = model.eval()
+    def __init__(self, model: Any, tokenizer: Any, name: str, weights: Any = None) -> None:
+        """Take a model that is loaded, or its config and the weights that are read when used."""
+        self._own = None if weights else model.eval()
+        self._weights: Weights | None = weights
+        self._config = model if weights else model.config
         self.tokenizer = tokenizer
         self.model = name
-        names = model.config.id2label
+        names = self._config.id2label
         self.labels: tuple[str, ...] = tuple(str(names[i]) for i in sorted(names))
-        self.most: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.most: int | None = getattr(self._config, "max_position_embeddings", None)
 
     @classmethod
-    def load(cls, folder: Path, *, threads: int, digest: str) -> LocalClassifier:
-        """Load a model folder; the classifier is named by its content."""
+    def load(
+        cls, folder: Path, *, threads: int, digest: str, device: Device | None = None
+    ) -> LocalClassifier:
+        """Take a model folder; its weights are read when they are first used.
+
+        The classifier is named by the folder's content. Weights are fp32 or bf16: 4 bits would
+        cost a small classifier more than they save.
+        """
+        refuse_unfit(folder)
         if threads:
             torch.set_num_threads(threads)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
-        )
-        return cls(model, load_tokenizer(folder), digest.removeprefix("sha256:")[:12])
+        device = device or Device("cpu", "fp32")
+        held = "fp32" if device.held == "fp32" else "bf16"
+
+        def load() -> Any:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=torch.float32 if held == "fp32" else torch.bfloat16,
+            )
+            return model.to(device.torch).eval()
+
+        weights = Weights(device, load, lambda: stored_weights(folder) * BYTES[held], str(folder))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        name = digest.removeprefix("sha256:")[:12] + ("" if held == "fp32" else f"-{held}")
+        return cls(config, load_tokenizer(folder), name, weights)
+
+    @property
+    def lm(self) -> Any:
+        """The model, loaded."""
+        return self._weights.use() if self._weights else self._own
+
+    def _lm_for(self, n_rows: int, length: int) -> Any:
+        """Return the model when there is room to read rows."""
+        if self._weights is None:
+            return self._own
+        return self._weights.use(lambda: reading_bytes(self._config, n_rows, length))
 
     @torch.inference_mode()
     def logits(self, texts: Sequence[Text]) -> list[list[float]]:
@@ -62,14 +97,17 @@ class LocalClassifier:
                 raise BadInput("texts", i, problem)
         length = max(len(ids) for ids, _ in rows)
         pad = self._pad([ids for ids, _ in rows])
-        self.lm.config.pad_token_id = pad  # by which decoders find the last token of a row
+        lm = self._lm_for(len(rows), length)
+        lm.config.pad_token_id = pad  # by which decoders find the last token of a row
         inputs = {
             "input_ids": self._padded([ids for ids, _ in rows], length, pad),
             "attention_mask": self._padded([[1] * len(ids) for ids, _ in rows], length, 0),
         }
         if any(kinds for _, kinds in rows):
             inputs["token_type_ids"] = self._padded([kinds for _, kinds in rows], length, 0)
-        found: list[list[float]] = self.lm(**inputs).logits.float().tolist()
+        found: list[list[float]] = (
+            lm(**{name: ids.to(lm.device) for name, ids in inputs.items()}).logits.float().tolist()
+        )
         return found
 
     def _row(self, text: Text) -> tuple[list[int], list[int]]:
@@ -97,4 +135,13 @@ class LocalClassifier:
         padded = torch.full((len(rows), length), fill)
         for i, row in enumerate(rows):
             padded[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-        return padded.to(self.lm.device)
+        return padded
+
+
+def reading_bytes(config: Any, n_rows: int, length: int) -> int:
+    """Return the bytes that reading rows takes in one layer, attention written out, in fp32."""
+    config = config.get_text_config()
+    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    each = 12 * config.hidden_size + 3 * wide
+    scores = 3 * config.num_attention_heads * length
+    return int(4 * n_rows * length * (each + scores))

@@ -7,24 +7,30 @@ a differently shaped batch may still differ in the last bit; stages therefore fi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from peft import PeftModel
+from transformers import AutoConfig, GenerationConfig
 
 from selfmoa.errors import UnusableTokenizer
+from selfmoa.generators.decoding import MAX_ROWS, Decoding, decode
+from selfmoa.generators.devices import BYTES, Device, Weights, stored_weights
+from selfmoa.generators.limits import positions, refuse_long, refuse_long_texts
 from selfmoa.records import Response
+from selfmoa.training.estimates import weights_bytes, working_bytes
 from selfmoa.training.layouts import choose_layout
-from selfmoa.training.policy import load_policy, merged
+from selfmoa.training.policy import base_of, is_adapter, load_frozen, load_tokenizer
 from selfmoa.training.reference import Scoring, score
 from selfmoa.training.tasks import ALONE
 from selfmoa.training.tokens import encode, encode_prompts, end_of_turn
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from selfmoa.protocols import Draw, Sampling
@@ -32,64 +38,58 @@ if TYPE_CHECKING:
     from selfmoa.training.tokens import Row
 
 
-class _RowwiseSampling(LogitsProcessor):
-    """Leaves one token a row standing, chosen by that row's next uniform number."""
-
-    def __init__(self, uniforms: torch.Tensor, temperature: float) -> None:
-        self.uniforms, self.temperature, self.step = uniforms, temperature, 0
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
-        cumulative = torch.softmax(scores.double() / self.temperature, dim=-1).cumsum(-1)
-        drawn = torch.searchsorted(
-            cumulative, self.uniforms[:, self.step, None] * cumulative[:, -1:]
-        )
-        self.step += 1
-        only = torch.full_like(scores, -torch.inf)
-        return only.scatter_(1, drawn.clamp_max_(scores.shape[1] - 1), 0.0)
-
-
 class LocalGenerator:
-    """Answers prompts with a causal language model and its tokenizer, both already loaded."""
+    """Answers prompts with a causal language model and its tokenizer."""
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
-        self.lm = model.eval()
-        # A vendor's decoding defaults (repetition penalty, least length) would make what is drawn
-        # and what `logprobs` scores two different models.
-        self.lm.generation_config = GenerationConfig()
+        """Take a model that is loaded, or a `Seat` at one that is loaded when it is used."""
+        self._seat: Seat | None = model if isinstance(model, Seat) else None
+        self._own = None if self._seat else _neutral(model)
+        self.most = self._seat.base.most if self._seat else positions(model.config)
         self.tokenizer = tokenizer
         self.model = name
         self._shared, self._tried = ALONE, 0
-        self.stops = _stops(tokenizer)
+        self.stops = end_tokens(tokenizer)
         # Models that only ever read raw text may have no padding; what is padded is masked.
         self.pad = self.stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @classmethod
-    def load(cls, folder: Path, *, threads: int, digest: str) -> LocalGenerator:
-        """Load a policy folder; the generator is named by its content."""
+    def load(
+        cls, folder: Path, *, threads: int, digest: str, device: Device | None = None
+    ) -> LocalGenerator:
+        """Take a policy folder; its weights are read when they are first used.
+
+        The generator is named by the folder's content. Adapters of one base share it.
+        """
         if threads:
             torch.set_num_threads(threads)
-        model, tokenizer = load_policy(folder)
-        return cls(merged(model), tokenizer, digest.removeprefix("sha256:")[:12])
+        device = device or Device("cpu", "fp32")
+        below = base_of(folder).resolve()
+        base = device.shared.setdefault(("base", below), Base(below, device))
+        adapter = digest.removeprefix("sha256:")[:12] if is_adapter(folder) else None
+        seat = Seat(base, adapter, folder)
+        return cls(seat, load_tokenizer(folder), device.label(digest))
 
-    @torch.inference_mode()
+    @property
+    def lm(self) -> Any:
+        """The model, loaded and with the right adapter."""
+        return self._seat.take() if self._seat else self._own
+
+    def _lm_for(self, n_rows: int, prompt: int, new: int) -> Any:
+        """Return the model when there is room to write `new` tokens after prompts."""
+        return self._seat.take(n_rows, prompt, new) if self._seat else self._own
+
     def generate(self, draws: Sequence[Draw], sampling: Sampling) -> list[Response]:
         """Answer one batch of draws; temperature 0 is greedy."""
         if not draws:
             return []
-        conversations = [_with_system(d.prompt.messages, sampling.system) for d in draws]
+        conversations = [with_system(d.prompt.messages, sampling.system) for d in draws]
         rows = encode_prompts(self.tokenizer, conversations, sampling.template)
-        ids, mask = self._left_pad(rows)
-        out = self.lm.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=False,
-            max_new_tokens=sampling.max_new_tokens,
-            pad_token_id=self.pad,
-            eos_token_id=self.stops,
-            logits_processor=self._processors(draws, sampling),
-        )[:, ids.shape[1] :]
-        texts = self.tokenizer.batch_decode(out, skip_special_tokens=True)
-        ended = torch.isin(out, torch.tensor(self.stops, device=out.device)).any(-1).tolist()
+        refuse_long(draws, rows, sampling.max_new_tokens, self.most)
+        how = Decoding(sampling.temperature, sampling.max_new_tokens, tuple(self.stops), self.pad)
+        lm = self._lm_for(len(rows), max(map(len, rows)), sampling.max_new_tokens)
+        answers = decode(lm, rows, [draw.seed for draw in draws], how)
+        texts = self.tokenizer.batch_decode([a.ids for a in answers], skip_special_tokens=True)
         return [
             Response(
                 id=Response.make_id(draw.prompt.id, self.model, sampling.name, draw.seed),
@@ -98,9 +98,9 @@ class LocalGenerator:
                 model=self.model,
                 sampling=sampling.name,
                 seed=draw.seed,
-                finish_reason="stop" if end else "length",
+                finish_reason="stop" if answer.is_ended else "length",
             )
-            for draw, text, end in zip(draws, texts, ended, strict=True)
+            for draw, text, answer in zip(draws, texts, answers, strict=True)
         ]
 
     @torch.inference_mode()
@@ -118,7 +118,11 @@ class LocalGenerator:
         prompts = [messages for messages, _ in groupby(items, key=itemgetter(0))]
         texts = [[t for _, t in group] for _, group in groupby(items, key=itemgetter(0))]
         rows = encode(self.tokenizer, prompts, texts, end_of_turn=False, template=template)
-        scored = score(self.lm, rows, Scoring(self._layout(rows), self.pad))
+        refuse_long_texts(
+            [len(row.prompt) + len(text) for row in rows for text in row.completions], self.most
+        )
+        lm = self._lm_for(len(rows), max(row.n_tokens for row in rows), 0)
+        scored = score(lm, rows, Scoring(self._layout(rows), self.pad))
         return [float(logp) for logps in scored for logp in logps]
 
     def _layout(self, rows: Sequence[Row]) -> str:
@@ -135,27 +139,90 @@ class LocalGenerator:
             self._tried = longest
         return self._shared
 
-    def _left_pad(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        length = max(map(len, rows))
-        ids = torch.full((len(rows), length), self.pad)
-        for i, row in enumerate(rows):
-            ids[i, length - len(row) :] = torch.tensor(row)
-        lengths = torch.tensor([len(row) for row in rows])
-        mask = torch.arange(length)[None] >= (length - lengths)[:, None]
-        return ids.to(self.lm.device), mask.long().to(self.lm.device)
 
-    def _processors(self, draws: Sequence[Draw], sampling: Sampling) -> LogitsProcessorList:
-        if sampling.temperature == 0:
-            return LogitsProcessorList()
-        uniforms = np.stack(
-            [np.random.default_rng(d.seed).random(sampling.max_new_tokens) for d in draws]
-        )
-        return LogitsProcessorList(
-            [_RowwiseSampling(torch.from_numpy(uniforms).to(self.lm.device), sampling.temperature)]
-        )
+class Base:
+    """A whole model, and the adapters that take turns on it; one copy of its weights for all."""
+
+    def __init__(self, folder: Path, device: Device) -> None:
+        self.config = AutoConfig.from_pretrained(folder)
+        self.most = positions(self.config)
+        self.held = device.held
+        self.weights = Weights(device, self._load, self._count, str(folder))
+        self._folder, self._device = folder, device
+        self._peft: Any = None
+        self._active: str | None = None
+
+    def _load(self) -> Any:
+        self._peft = self._active = None
+        return _neutral(load_frozen(self._folder, self.held, self._device.torch))
+
+    def _count(self) -> int:
+        if self.held == "nf4":
+            return weights_bytes(self.config, "nf4")
+        return stored_weights(self._folder) * BYTES[self.held]
+
+    def turn(self, adapter: str | None, folder: Path, working: Callable[[], int] | None) -> Any:
+        """Return the model with this adapter on it, or with none."""
+        model = self.weights.use(working)
+        if adapter == self._active:
+            return model
+        if adapter is None:
+            self._peft.base_model.disable_adapter_layers()
+        else:
+            self._put_on(model, adapter, folder)
+        self._active = adapter
+        return model
+
+    def _put_on(self, model: Any, adapter: str, folder: Path) -> None:
+        how = {"autocast_adapter_dtype": False}  # adapters compute in the precision of their base
+        if self._peft is None:
+            self._peft = PeftModel.from_pretrained(model, folder, adapter, **how)
+        elif adapter not in self._peft.peft_config:
+            self._peft.load_adapter(folder, adapter, **how)
+        self._peft.base_model.enable_adapter_layers()
+        self._peft.set_adapter(adapter, inference_mode=True)
+        self._peft.eval()
 
 
-def _stops(tokenizer: Any) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A generator's place at a base: with which adapter it answers."""
+
+    base: Base
+    adapter: str | None
+    folder: Path
+
+    def take(self, n_rows: int = 0, prompt: int = 1, new: int = 0) -> Any:
+        """Return the model, when there is room for it and for what it is to do."""
+
+        def working() -> int:
+            n = min(_rounded(n_rows, 16), MAX_ROWS)
+            return _working(self.base, n, _rounded(prompt, 64), _rounded(new, 64))
+
+        return self.base.turn(self.adapter, self.folder, working if n_rows else None)
+
+
+@lru_cache(maxsize=256)
+def _working(base: Base, n_rows: int, prompt: int, new: int) -> int:
+    return working_bytes(base.config, held=base.held, n_rows=n_rows, prompt=prompt, new=new)
+
+
+def _rounded(n: int, step: int) -> int:
+    """Return the next multiple, so that few sizes have to be estimated."""
+    return -(-n // step) * step
+
+
+def _neutral(model: Any) -> Any:
+    """Return the model for evaluation, without its vendor's decoding defaults.
+
+    A repetition penalty or a least length would make what is drawn and what `logprobs` scores two
+    different models.
+    """
+    model.generation_config = GenerationConfig()
+    return model.eval()
+
+
+def end_tokens(tokenizer: Any) -> list[int]:
     """Return the tokens that end an answer.
 
     A template may end turns with another token than the tokenizer's own end (Gemma). A template
@@ -173,6 +240,7 @@ def _stops(tokenizer: Any) -> list[int]:
         return [own]
 
 
-def _with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
+def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
+    """Return a conversation with the system prompt before it, if there is one."""
     head = [{"role": "system", "content": system}] if system else []
     return [*head, *messages]

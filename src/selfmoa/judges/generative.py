@@ -234,6 +234,8 @@ def tried(
             return tried(ask, conversations[:half]) + tried(ask, conversations[half:])
         reason = f"could not be asked: {error.problem}"
     except SelfmoaError as error:
+        if error.is_fatal:
+            raise
         reason = f"could not be asked: {error}"
     except OSError as error:  # a time-out is one
         reason = f"could not be asked: {plain_reason(error)}"

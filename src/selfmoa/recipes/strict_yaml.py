@@ -97,6 +97,27 @@ for _tag, (_pattern, _starts) in WORDS_AND_NUMBERS.items():
     )
 
 
+class StrictDumper(yaml.SafeDumper):
+    """PyYAML's safe dumper; it quotes what `parse` would take for something else than a word."""
+
+    yaml_implicit_resolvers = StrictLoader.yaml_implicit_resolvers
+
+    def represent_list(self, data: Any) -> yaml.SequenceNode:
+        """Build the node of a list: on one line."""
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+
+
+StrictDumper.add_representer(list, StrictDumper.represent_list)
+
+
+def dump(value: Any) -> str:
+    """Return a value as YAML that `parse` reads as the same; lists are on one line."""
+    text: str = yaml.dump(
+        value, Dumper=StrictDumper, default_flow_style=False, sort_keys=False, allow_unicode=True
+    )
+    return text
+
+
 def _refuse(problem: str, found: Any) -> None:
     raise yaml.MarkedYAMLError(problem=problem, problem_mark=found.start_mark)
 

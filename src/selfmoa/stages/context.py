@@ -16,24 +16,25 @@ from typing import TYPE_CHECKING, Any, Protocol
 from selfmoa import registry
 from selfmoa.errors import MissingFile, RecipeError, RunDamaged
 from selfmoa.judges.cache import cached
+from selfmoa.protocols import Sampling
 from selfmoa.records import Prompt, Response, content_id, derive_seed
 from selfmoa.rundir import (
     Journal,
     RunDir,
     digest_file,
-    digest_tree,
     kill_scope,
     read_jsonl,
     write_atomic,
     write_jsonl,
 )
+from selfmoa.stages.models import Models
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from selfmoa.config import JudgeModel, Recipe
-    from selfmoa.protocols import Draw, Generator, Judge, Sampling, Stage, Strategy
+    from selfmoa.config import Attacker, JudgeModel, Recipe
+    from selfmoa.protocols import Draw, Generator, Judge, Stage, Strategy
     from selfmoa.records import Record, StageRecord
 
 
@@ -67,29 +68,6 @@ def _is_policy(folder: Path) -> bool:
     return any(folder.glob("*config.json"))
 
 
-class Models:
-    """Loads each policy once: the generators of a run, by what their folders hold."""
-
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-        self._digests: dict[Path, str] = {}
-        self._loaded: dict[tuple[str, str], Any] = {}
-
-    def digest(self, folder: Path) -> str:
-        """Return the digest of a finished policy; each folder is read for it once."""
-        if folder not in self._digests:
-            self._digests[folder] = digest_tree(folder)
-        return self._digests[folder]
-
-    def load(self, folder: Path, backend: str = "local") -> Any:
-        """Return a generator (or classifier) of a model directory; equal content is loaded once."""
-        digest = self.digest(folder)
-        if (backend, digest) not in self._loaded:
-            plugin = registry.resolve("generator", backend)
-            self._loaded[backend, digest] = plugin.load(folder, threads=self.threads, digest=digest)
-        return self._loaded[backend, digest]
-
-
 class Context:
     """One run as its stages see it. `at(stage, round)` moves it on."""
 
@@ -98,7 +76,7 @@ class Context:
         self.run = run
         self.listen = listen
         self.world: Any = registry.resolve("world", recipe.policy.world)(recipe)
-        self.models = Models(recipe.policy.threads)
+        self.models = Models(recipe)
         self._judges: dict[str, Judge] = {}
         self.stage = ""
         self.round = 0
@@ -351,16 +329,8 @@ class Context:
         return found
 
     def _own_judge(self, name: str, settings: JudgeModel) -> Judge:
-        from selfmoa.training.policy import find_model
-
         factory = registry.resolve("judge", settings.kind)
-        backend = getattr(factory, "backend", "local")
-        if backend is None:
-            model: Any = None
-        elif settings.model is not None:
-            model = self.models.load(find_model(settings.model), backend)
-        else:
-            model = self.instruct
+        model = self._model_of(factory, settings)
         family = {"family": settings.family} if settings.family else {}
         judge: Judge = factory(self.world, model, name=name, **family, **settings.options)
         return cached(judge)
@@ -370,19 +340,33 @@ class Context:
 
         `weights` stand in for its model: those that it was trained to.
         """
-        from selfmoa.training.policy import find_model
-
         own = self.recipe.attackers.get(name)
         kind = own.kind if own else name
         factory = registry.resolve(attacker_kind(kind), kind)
-        folder = weights or (find_model(own.model) if own and own.model else None)
-        backend = getattr(factory, "backend", "local")
-        if backend is None:
-            model = None
-        else:
-            model = self.models.load(folder, backend) if folder else self.instruct
+        model = self.models.load(weights) if weights else self._model_of(factory, own)
         options = {"name": name, **own.options} if own else {}
         return factory(self.world, model, **options)
+
+    def _model_of(self, factory: Any, settings: JudgeModel | Attacker | None) -> Any:
+        """Return the model that a plug-in asks: its own, or the instruct model."""
+        from selfmoa.training.policy import find_model
+
+        backend = getattr(factory, "backend", "local")
+        if backend is None:
+            return None
+        if settings is None or settings.model is None:
+            return self.instruct
+        if settings.endpoint is not None:
+            return self.models.serve(settings.endpoint, settings.model)
+        return self.models.load(find_model(settings.model, settings.revision), backend)
+
+    def sampling(
+        self, name: str, *, system: str | None = None, temperature: float | None = None
+    ) -> Sampling:
+        """Return how the policy is drawn from: as the recipe samples, if nothing else is said."""
+        sample, template = self.recipe.sample, self.recipe.model.template
+        warmth = sample.temperature if temperature is None else temperature
+        return Sampling(name, warmth, sample.max_new_tokens, system, template or None)
 
     def strategy_of(self, talk: Prompt) -> Strategy | None:
         """Return the strategy that held a conversation, or None where there is none of its name."""
@@ -402,8 +386,10 @@ class Context:
         """
         journal = self.journal(file)
         size = self.recipe.sample.batch_size
+        # The answers to a prompt side by side: it is read once for those in a batch.
         ordered = sorted(
-            draws, key=lambda d: (len(d.prompt.messages[-1]["content"].split()), d.seed)
+            draws,
+            key=lambda d: (len(d.prompt.messages[-1]["content"].split()), d.prompt.id, d.seed),
         )
         for start in range(0, len(ordered), size):
             batch = ordered[start : start + size]

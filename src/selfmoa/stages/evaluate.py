@@ -20,7 +20,7 @@ from selfmoa import labelmodel, metrics
 from selfmoa.attacks.leakage import leaks, refuse_leaks
 from selfmoa.calibration import given_scale
 from selfmoa.correction import corrected_difference, corrected_rate
-from selfmoa.protocols import Draw, Sampling
+from selfmoa.protocols import Draw
 from selfmoa.records import Estimate, Prompt
 from selfmoa.rundir import read_jsonl
 from selfmoa.stages import regression, voting
@@ -118,10 +118,10 @@ class EvaluateStage:
     ) -> list[dict[str, Any]]:
         """Answer the suite once a prompt; write and return one row a prompt with its grades."""
         slug = phase.replace(" ", "-")
-        policy = context.models.load(folder)
+        policy = context.models.answering(folder)
         draws = [Draw(p, context.seed("suite", p.id)) for p in suite]
         settings = context.recipe.evaluate
-        sampling = Sampling("graded", settings.temperature, context.recipe.sample.max_new_tokens)
+        sampling = context.sampling("graded", temperature=settings.temperature)
         responses = context.generate(policy, draws, sampling, f"responses-{slug}.jsonl")
         prompts = {p.id: p for p in suite}
         items = [(prompts[r.prompt_id], r) for r in responses]
@@ -152,9 +152,9 @@ class EvaluateStage:
         recipe = context.recipe
         n = recipe.evaluate.probes
         probes = [p for p, _ in context.world.instructions(n, derive_probe_seed(recipe.seed))]
-        policy = context.models.load(folder)
+        policy = context.models.answering(folder)
         draws = [Draw(p, context.seed("probe", p.id)) for p in probes]
-        sampling = Sampling("probe", 0.0, recipe.sample.max_new_tokens)
+        sampling = context.sampling("probe", temperature=0.0)
         responses = context.generate(policy, draws, sampling, "responses-probes.jsonl")
         prompts = {p.id: p for p in probes}
         items = [(prompts[r.prompt_id], r) for r in responses]

@@ -13,7 +13,7 @@ import numpy as np
 from selfmoa import metrics
 from selfmoa.attacks.archive import Archive
 from selfmoa.attacks.turns import hold_again, is_talk
-from selfmoa.protocols import Draw, Sampling
+from selfmoa.protocols import Draw
 from selfmoa.rundir import read_jsonl
 from selfmoa.stages import voting
 
@@ -34,7 +34,7 @@ def replay(context: Context, folder: Path) -> list[dict[str, Any]]:
     entries = _closed(context)
     if not entries:
         return []
-    recipe, policy = context.recipe, context.models.load(folder)
+    recipe, policy = context.recipe, context.models.answering(folder)
     k, prompts = recipe.red_team.k, {e.prompt.id: e.prompt for e in entries}
     draws = [
         Draw(p, context.seed("regression", p.id, i))
@@ -42,7 +42,7 @@ def replay(context: Context, folder: Path) -> list[dict[str, Any]]:
         if not is_talk(p)
         for i in range(k)
     ]
-    sampling = Sampling("regression", recipe.sample.temperature, recipe.sample.max_new_tokens)
+    sampling = context.sampling("regression")
     responses = context.generate(policy, draws, sampling, "responses-regression.jsonl")
     asked = [(r.prompt_id, prompts[r.prompt_id], r) for r in responses]
     for talk in filter(is_talk, prompts.values()):
@@ -59,7 +59,7 @@ def replay(context: Context, folder: Path) -> list[dict[str, Any]]:
     unsafe = voting.p_unsafe(voting.posterior(model, votes))
     for (name, _, _), p in zip(asked, unsafe, strict=True):
         after[name].append(float(p))
-    attacked = context.models.load(context.policy_folder(context.round)).model
+    attacked = context.models.answering(context.policy_folder(context.round)).model
     return [
         {
             "id": e.prompt.id,
@@ -76,7 +76,7 @@ def replay(context: Context, folder: Path) -> list[dict[str, Any]]:
 def _closed(context: Context) -> list[Entry]:
     """Return the closed attacks that are asked again, the most at `gate.replays`."""
     settings = context.recipe.red_team
-    attacked = context.models.load(context.policy_folder(context.round)).model
+    attacked = context.models.answering(context.policy_folder(context.round)).model
     archive = Archive.from_rows(
         read_jsonl(context.path("red_team", "archive.jsonl")),
         settings.cell_size,

@@ -44,6 +44,7 @@ class ResetStage:
             settings.examples, context.seed("instructions"), settings.howto_share
         )
         examples = [(prompt, answer) for prompt, answer in drawn if answer]
+        context.models.free()
         done = fitting.fit_reset(
             context.instruct_folder,
             context.out("policy"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from selfmoa.protocols import CAREFUL, INSTRUCTIONS, PLAIN, Draw, Sampling
+from selfmoa.protocols import CAREFUL, INSTRUCTIONS, PLAIN, Draw
 from selfmoa.records import Prompt
 from selfmoa.rundir import read_jsonl
 
@@ -36,7 +36,7 @@ class SampleStage:
         """Draw k + k_careful responses a prompt."""
         settings = context.recipe.sample
         prompts = read_jsonl(context.path("red_team", "prompts.jsonl"), Prompt)
-        policy = context.models.load(context.policy_folder(context.round))
+        policy = context.models.answering(context.policy_folder(context.round))
         for name, k, system in (
             (PLAIN, settings.k, None),
             (CAREFUL, settings.k_careful, settings.careful),
@@ -46,5 +46,5 @@ class SampleStage:
                 for p in prompts
                 for i in range(min(k, settings.k_harmless) if p.source == INSTRUCTIONS else k)
             ]
-            sampling = Sampling(name, settings.temperature, settings.max_new_tokens, system)
+            sampling = context.sampling(name, system=system)
             context.generate(policy, draws, sampling, "responses.jsonl")

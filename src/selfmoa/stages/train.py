@@ -53,6 +53,7 @@ class TrainStage:
                 "there are no pairs to train on",
                 "loosen pair.min_safety_gap or pair.max_flip, or raise red_team.calls",
             )
+        context.models.free()
         done = fitting.fit_policy(
             self._policy(context, settings.start),
             self._policy(context, settings.reference),

@@ -142,7 +142,7 @@ def train(
         say=say,
         name=model,
     )
-    if join().is_main:
+    if join(policy.device).is_main:
         write_jsonl(out / LOG, done.log)
     return done
 
@@ -272,7 +272,7 @@ class _Work:
         self._refuse_output(start, out, policy)
         self.start, self.out, self.policy = start, out, policy
         self.seed, self.progress = seed, progress
-        self.processes = join()
+        self.processes = join(policy.device)
         self.say: Say = say if say and self.processes.is_main else lambda _: None
         self.dropped: Counter[str] = Counter()
         self._digests: dict[Path, str] = {}

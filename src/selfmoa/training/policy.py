@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from selfmoa.errors import MissingExtra, MissingFile, Quarantined
 from selfmoa.rundir import write_atomic
+from selfmoa.training.intake import refuse_other_base, refuse_unfit
 
 if TYPE_CHECKING:
     from selfmoa import config
@@ -36,19 +37,23 @@ def find_model(name: str, revision: str | None = None) -> Path:
 
     Raises:
         MissingFile: it is neither.
+        UnfitModel: it holds what is not loaded (`intake`).
     """
     if Path(name).is_dir():
+        refuse_unfit(Path(name))
         return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(READ)))
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=list(READ)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no answer"
         raise MissingFile(
             name, "model", f"it is no local folder, and the model hub said: {reason.rstrip('.')}"
         ) from error
+    refuse_unfit(found)
+    return found
 
 
 def is_adapter(folder: Path) -> bool:
@@ -58,7 +63,12 @@ def is_adapter(folder: Path) -> bool:
 
 def base_of(folder: Path) -> Path:
     """Return the folder of the model that an adapter is for; of a whole model, its own."""
-    return find_model(*base_name(folder)) if is_adapter(folder) else folder
+    refuse_unfit(folder)
+    if not is_adapter(folder):
+        return folder
+    base = find_model(*base_name(folder))
+    refuse_other_base(folder, base)
+    return base
 
 
 def base_name(folder: Path) -> tuple[str, str | None]:
@@ -77,6 +87,7 @@ def load_policy(folder: Path) -> tuple[Any, Any]:
 
 def load_tokenizer(folder: Path) -> Any:
     """Return the tokenizer of a policy."""
+    refuse_unfit(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -173,36 +184,57 @@ def merged(model: Any) -> Any:
     return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
+def load_frozen(folder: Path, held: str, device: torch.device) -> Any:
+    """Return a whole model that nobody trains, its weights held as "fp32", "bf16" or "nf4".
+
+    Raises:
+        MissingExtra: bitsandbytes is not installed, and "nf4" needs it.
+    """
+    dtype = torch.float32 if held == "fp32" else torch.bfloat16
+    how: dict[str, Any] = {"dtype": dtype}
+    if held == "nf4":
+        how |= {"quantization_config": _four_bits(dtype, "policy.inference", "nf4")}
+    if device.type != "cpu":
+        how["device_map"] = {"": device}  # straight to where they compute, by no second copy
+    model = _load_whole(folder, how)
+    return model.eval().requires_grad_(False)
+
+
 def _load_base(folder: Path, like: config.Policy | None) -> Any:
     is_full = like is None or like.adapter == "full"
     wanted = {} if is_full or like is None else _frozen_as(like)
+    return _load_whole(folder, {"dtype": torch.float32} | wanted)
+
+
+def _load_whole(folder: Path, how: dict[str, Any]) -> Any:
     return AutoModelForCausalLM.from_pretrained(
-        folder,
-        use_safetensors=True,
-        trust_remote_code=False,
-        **({"dtype": torch.float32} | wanted),
+        folder, use_safetensors=True, trust_remote_code=False, **how
     )
 
 
 def _frozen_as(policy: config.Policy) -> dict[str, Any]:
-    """Return how the weights below an adapter are held: nobody trains them, so in few bits.
-
-    Raises:
-        MissingExtra: bitsandbytes is not installed.
-    """
+    """Return how the weights below an adapter are held: nobody trains them, so in few bits."""
     dtype = torch.bfloat16 if policy.precision == "bf16" else torch.float32
     if policy.adapter == "lora":
         return {"dtype": dtype}
+    return {"dtype": dtype, "quantization_config": _four_bits(dtype, "adapter", "qlora")}
+
+
+def _four_bits(dtype: torch.dtype, kind: str, name: str) -> Any:
+    """Return the settings of weights in nf4 that compute in `dtype`.
+
+    Raises:
+        MissingExtra: bitsandbytes is not installed; `kind` and `name` tell what needs it.
+    """
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise MissingExtra("adapter", "qlora", "bitsandbytes", "selfmoa[qlora]") from error
+        raise MissingExtra(kind, name, "bitsandbytes", "selfmoa[qlora]") from error
     from transformers import BitsAndBytesConfig
 
-    four_bit = BitsAndBytesConfig(
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    return {"dtype": dtype, "quantization_config": four_bit}

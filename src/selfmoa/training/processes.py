@@ -130,17 +130,23 @@ class Processes:
         return found
 
 
-@cache
-def join() -> Processes:
+def join(device: str = "auto") -> Processes:
     """Join the fellows that `accelerate launch` started; alone, take the GPU if there is one.
+
+    With `device` "cpu" all stay on the CPU.
 
     Raises:
         TrainingStopped: they do not find each other, and each would train alone.
     """
+    return _join(device == "cpu")
+
+
+@cache
+def _join(is_on_cpu: bool) -> Processes:
     is_launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-    if not is_launched and not torch.cuda.is_available():
+    if not is_launched and (is_on_cpu or not torch.cuda.is_available()):
         return Processes()
-    found = Processes(Accelerator())
+    found = Processes(Accelerator(cpu=is_on_cpu))
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if found.count != wanted:
         raise TrainingStopped(
