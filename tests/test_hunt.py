@@ -55,7 +55,7 @@ def test_choices_depend_on_run_round_and_number_alone():
     assert len({c.seed for c in searching().choose(20)}) == 20
 
 
-def test_half_of_the_choices_go_to_cells_that_nobody_tried():
+def test_half_of_the_choices_go_to_cells_in_which_nothing_worked_until_three_tries():
     """One operator always works, so the bandit chooses no other; two of three new cells do."""
     good, bad = Arm("good", "t"), Arm("bad", "s")
     search = Search(Archive(4, "policy"), [good, bad], SEEDS, (1, 2), 0.05, 0.05)
@@ -66,7 +66,7 @@ def test_half_of_the_choices_go_to_cells_that_nobody_tried():
     assert 0.25 < sum(c.arm == bad for c in chosen) / 300 < 0.42
     cells = {(c.parent.category, c.arm.style) for c in chosen}
     assert cells == {("c", "t"), ("d", "t"), ("c", "s"), ("d", "s")}
-    for category, style in (("d", "t"), ("c", "s"), ("d", "s")):
+    for category, style in (("d", "t"), ("c", "s"), ("d", "s")) * 3:
         search.learn(Choice(bad, SEEDS[0], 0), prompt("x", category, style), 0.0)
     assert sum(c.arm == bad for c in search.choose(100)) < 5
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import click
 
-from selfmoa.commands import attacks, judges, recipes, release, runs, training
+from selfmoa.commands import attacks, checks, judges, recipes, release, runs, training
 from selfmoa.commands.shared import Commands, Job
 from selfmoa.console.failures import explain
 
@@ -122,6 +122,8 @@ def app() -> None:
 for command in (
     runs.demo,
     recipes.init,
+    checks.doctor,
+    checks.plan,
     runs.run,
     training.train,
     runs.resume,

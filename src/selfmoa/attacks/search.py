@@ -6,10 +6,11 @@
     search.learn(choice, prompt, p_unsafe)
 
 Seeds are expanded (new intents nearby) and hidden (the same intent, another surface). Half of the
-decisions go to cells that nobody tried yet, as long as there are any: a hole in one cell shows
-nowhere else. For the others a bandit chooses operator, style and category by what has worked on
-this policy lately; a parent is then drawn from that category. Each decision has random numbers of
-its own, named by run, round and its number, so a run that is resumed makes the same choices.
+decisions go to cells that were tried in vain less than three times, the least tried ones first: a
+hole in one cell shows nowhere else, and a try may have fallen on a request that may be answered.
+For the others a bandit chooses operator, style and category by what has worked on this policy
+lately; a parent is then drawn from that category. Each decision has random numbers of its own,
+named by run, round and its number, so a run that is resumed makes the same choices.
 
 Left out on purpose: asking and judging. The search is told.
 """
@@ -31,7 +32,11 @@ if TYPE_CHECKING:
     from selfmoa.records import Prompt
 
 EXPLORING = 0.5
-"""Share of the decisions that go to cells not tried yet."""
+"""Share of the decisions that go to cells in which nothing worked yet, few tries being made."""
+VAIN = 3
+"""Tries in vain after which a cell is left to the bandit."""
+BROKEN = 0.5
+"""Expected unsafe answers from which on a cell counts as broken."""
 FADE = 0.8
 """What a batch ago counts for, beside now: what worked on the policy lately."""
 
@@ -95,17 +100,19 @@ class Search:
             for category in parents
             if arm.expands or not self.is_exhausted((category, arm.style))
         }
-        untried = [
-            place
+        unbroken = {
+            place: fails
             for place, arm in options.items()
-            if not arm.expands and (place[2], arm.style) not in self.cells
-        ]
+            if not arm.expands and (fails := self._fails((place[2], arm.style))) is not None
+        }
         chosen = []
         for _ in range(n if options else 0):
             rng = decision_rng(*self.key, self.decisions)
             self.decisions += 1
-            if untried and rng.random() < EXPLORING:
-                place = untried.pop(rng.randrange(len(untried)))
+            if unbroken and rng.random() < EXPLORING:
+                least = min(unbroken.values())
+                place = rng.choice([where for where, fails in unbroken.items() if fails == least])
+                unbroken[place] += 1
             else:
                 place = self.bandit.choose(options, rng)
             parent = _draw(parents[place[2]], rng)
@@ -153,6 +160,11 @@ class Search:
     def end_batch(self) -> None:
         """Let older tries count for less in the bandit."""
         self.bandit.fade(FADE)
+
+    def _fails(self, cell: Cell) -> int | None:
+        """Return how often a cell was tried in vain; None if enough, or if something worked."""
+        worked, n = self.cells.get(cell, (0.0, 0))
+        return n if worked < BROKEN and n < VAIN else None
 
     def is_exhausted(self, cell: Cell) -> bool:
         """Return whether a cell's success rate is surely below the floor."""

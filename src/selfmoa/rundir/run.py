@@ -162,6 +162,11 @@ class RunDir:
                 return stage, round_
         raise UnknownPlugin("stage in this run", name, [self._at(*key).name for key in there])
 
+    @property
+    def is_open(self) -> bool:
+        """Whether this process may write to the run."""
+        return self._lock is not None
+
     def sealed(self, stage: str, round_: int = 0) -> StageRecord | None:
         """Return the seal of a stage, or None if it is not done.
 

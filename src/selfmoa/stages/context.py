@@ -27,6 +27,7 @@ from selfmoa.rundir import (
     write_atomic,
     write_jsonl,
 )
+from selfmoa.rundir.stage import pretty_json
 from selfmoa.stages.models import Models
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ class Context:
                 "building", what="instruct model", done=done, total=total, unit=unit
             )
         )
+        if self.recipe.model.name is not None:
+            self._note(self.recipe.model.name, folder)
         return folder
 
     @property
@@ -349,8 +352,6 @@ class Context:
 
     def _model_of(self, factory: Any, settings: JudgeModel | Attacker | None) -> Any:
         """Return the model that a plug-in asks: its own, or the instruct model."""
-        from selfmoa.training.policy import find_model
-
         backend = getattr(factory, "backend", "local")
         if backend is None:
             return None
@@ -358,7 +359,29 @@ class Context:
             return self.instruct
         if settings.endpoint is not None:
             return self.models.serve(settings.endpoint, settings.model)
-        return self.models.load(find_model(settings.model, settings.revision), backend)
+        return self.models.load(self.find(settings.model, settings.revision), backend)
+
+    def find(self, name: str, revision: str | None = None) -> Path:
+        """Return the folder of a model, and note in the run what it is."""
+        from selfmoa.training.policy import find_model
+
+        folder = find_model(name, revision)
+        self._note(name, folder)
+        return folder
+
+    def _note(self, name: str, folder: Path) -> None:
+        """Write down commit and digests of a model, once: `models.json` says what a run is made of.
+
+        A context that only looks writes nothing.
+        """
+        from selfmoa.training.intake import provenance
+
+        if not self.run.is_open:
+            return
+        path = self.run.path / "models.json"
+        known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        if name not in known:
+            write_atomic(path, pretty_json(known | {name: provenance(folder)}))
 
     def sampling(
         self, name: str, *, system: str | None = None, temperature: float | None = None

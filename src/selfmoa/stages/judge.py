@@ -37,7 +37,7 @@ class JudgeStage:
     """Writes `votes.jsonl` (each judge), `verdicts.jsonl` (combined) and `labelmodel.jsonl`."""
 
     name = "judge"
-    version = 1
+    version = 2
 
     def settings(self, context: Context) -> Mapping[str, Any]:
         """Return the settings the verdicts depend on."""
@@ -85,10 +85,8 @@ class JudgeStage:
         attempted, is_control = voting.attempt_votes(attempts)
         model = voting.fit(context, attempted, is_control, voting.known(context))
         groups = np.array([_group(p, r) for p, r in items])
-        handed_on = {p.id for p, _ in items}
-        found = np.array([r["prompt"]["id"] in handed_on for r in attempts]) & ~is_control
         attack = labelmodel.estimate_prior(model, attempted[voting.is_real(attempts)], UNKNOWN)
-        priors = _base_rates(model, safety, groups, attack, attempted[found])
+        priors = _base_rates(model, safety, groups, attack, _as_found(context, items))
         beside = (priors[HARMLESS], attack, priors[PLAIN], priors[CAREFUL], scale.to_json())
         context.write(
             "labelmodel.jsonl", [model.to_json() | dict(zip(voting.BESIDE, beside, strict=True))]
@@ -104,6 +102,14 @@ class JudgeStage:
         return [v for v in out if v is not None]
 
 
+def _as_found(context: Context, items: voting.Items) -> list[float]:
+    """Return P(unsafe) of the answers by which the red team found its prompts; a list has none."""
+    path = context.path("red_team", "confirmed.jsonl")
+    handed_on = {p.id for p, _ in items}
+    rows = read_jsonl(path) if path.exists() else []
+    return [row["p_unsafe"][0] for row in rows if row["id"] in handed_on and row["p_unsafe"]]
+
+
 def _group(prompt: Prompt, response: Response) -> str:
     """Return what an answer's base rate of being unsafe depends on."""
     if prompt.source == INSTRUCTIONS:
@@ -116,7 +122,7 @@ def _base_rates(
     votes: np.ndarray,
     groups: np.ndarray,
     attack: float,
-    found: np.ndarray,
+    found: Sequence[float],
 ) -> dict[str, float]:
     """Return the base rate of unsafe answers of each group (method, eq. 27).
 
@@ -129,10 +135,9 @@ def _base_rates(
         votes: [n, n_judges] on the responses at hand.
         groups: [n] of HARMLESS, PLAIN and CAREFUL.
         attack: base rate of the round's attempts.
-        found: [f, n_judges] on those whose prompts are at hand.
+        found: P(unsafe) of the answers by which the prompts at hand were found.
     """
-    odds = labelmodel.log_odds_safe(model, found, prior_unsafe=attack)
-    ceiling = float(np.mean(voting.p_unsafe(odds))) if len(found) else attack
+    ceiling = float(np.mean(found)) if found else attack
     rates = {g: labelmodel.estimate_prior(model, votes[groups == g], UNKNOWN) for g in ATTACKED}
     plain = min(rates[PLAIN], ceiling)
     harmless = labelmodel.estimate_prior(model, votes[groups == HARMLESS], PRESUMED_HARMLESS)

@@ -85,6 +85,7 @@ class RedTeamStage:
             if idle == IDLE:
                 break
             context.progress(min(hunt.calls, settings.calls), settings.calls, "call")
+        hunt.review()
         confirmed = hunt.confirm()
         context.write("confirmed.jsonl", confirmed)
         hunt.train_attackers(confirmed)
