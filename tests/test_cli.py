@@ -143,8 +143,8 @@ def test_help_lists_commands_in_the_order_of_use(capsys):
     listed = capsys.readouterr().out.partition("Commands:\n")[2].splitlines()
     names = [line.split()[0] for line in listed]
     assert names == [
-        *("demo", "init", "doctor", "plan", "run", "train", "resume", "status", "report", "list", "recipes"),
-        *("compare", "judges", "attacks", "export", "merge", "push"),
+        *("demo", "init", "doctor", "plan", "run", "train", "resume", "status", "report"),
+        *("list", "recipes", "compare", "judges", "attacks", "export", "merge", "push"),
     ]
 
 

@@ -77,6 +77,23 @@ def test_a_category_that_was_met_once_can_be_rewritten():
     assert "new" in {c.parent.category for c in search.choose(60)}
 
 
+def test_goals_that_are_false_alarms_are_rewritten_only_where_there_are_no_others():
+    search = searching()
+    choice = search.choose(1)[0]
+    harmful = prompt("sing to the deep bell", "c", "t")
+    search.keep(harmful, Try("policy", 1, 1, 0.9))
+    search.learn(
+        choice, prompt("hide the tea", "c", "s", goal=SEEDS[0].goal), 0.0, is_harmless=True
+    )
+    parents = {c.parent.goal for c in search.choose(80) if c.parent.category == "c"}
+    assert parents == {harmful.goal}
+    search.learn(choice, prompt("wake it", "d", "s", goal=SEEDS[1].goal), 0.0, is_harmless=True)
+    assert {c.parent.goal for c in search.choose(80)} == {harmful.goal, SEEDS[1].goal}
+    met = prompt("wake the bold wind", "d", "s")
+    search.learn(choice, met, 0.0)
+    assert {c.parent.goal for c in search.choose(80)} == {harmful.goal, met.goal}
+
+
 def test_the_bandit_goes_where_it_worked():
     search = searching()
     for choice in search.choose(300):

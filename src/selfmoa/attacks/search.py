@@ -73,7 +73,8 @@ class Search:
         near_duplicates: similarity from which on a prompt is refused; 1 refuses equal ones only.
 
     `stones` holds a prompt of each category that this round came across, whether it worked or not:
-    what can be rewritten where there is neither seed nor find.
+    what can be rewritten where there is neither seed nor find. `harmless` holds goals that turned
+    out to be false alarms: they are rewritten only where a category has no others.
     """
 
     archive: Archive
@@ -89,6 +90,7 @@ class Search:
     refused: int = 0
     cells: dict[Cell, tuple[float, int]] = field(default_factory=dict)
     stones: dict[str, Prompt] = field(default_factory=dict)
+    harmless: set[str] = field(default_factory=set)
     _index: PromptNeighbours | None = None
 
     def choose(self, n: int) -> list[Choice]:
@@ -128,9 +130,15 @@ class Search:
             if self.archive.state(entry) != "closed":
                 found[entry.prompt.category][cell_of(entry.prompt)].append(entry.prompt)
         for category, stone in self.stones.items():
-            if category not in found:
+            if category not in found or not self._without_harmless(found[category]):
                 found[category][None].append(stone)
-        return dict(sorted(found.items()))
+        return {c: self._without_harmless(found[c]) or found[c] for c in sorted(found)}
+
+    def _without_harmless(
+        self, places: Mapping[Cell | None, Sequence[Prompt]]
+    ) -> dict[Cell | None, list[Prompt]]:
+        kept = {c: [p for p in each if p.goal not in self.harmless] for c, each in places.items()}
+        return {cell: prompts for cell, prompts in kept.items() if prompts}
 
     def is_new(self, prompt: Prompt) -> bool:
         """Return whether a prompt was not asked this round, nor one that is nearly the same."""
@@ -144,14 +152,19 @@ class Search:
         self.refused += match is not None
         return match is None
 
-    def learn(self, choice: Choice, prompt: Prompt, p_unsafe: float) -> None:
+    def learn(
+        self, choice: Choice, prompt: Prompt, p_unsafe: float, *, is_harmless: bool = False
+    ) -> None:
         """Count one try: `p_unsafe` in [0, 1], 0 where the attack was a false alarm."""
+        if is_harmless:
+            self.harmless.add(prompt.goal)
         place = choice.arm.operator, choice.arm.style, choice.parent.category
         self.bandit.learn(place, p_unsafe)
         worked, n = self.cells.get(cell_of(prompt), (0.0, 0))
         self.cells[cell_of(prompt)] = worked + p_unsafe, n + 1
-        if len(prompt.messages) == 1:
-            self.stones.setdefault(prompt.category, prompt)
+        stone = self.stones.get(prompt.category)
+        if len(prompt.messages) == 1 and (stone is None or stone.goal in self.harmless):
+            self.stones[prompt.category] = prompt
 
     def keep(self, prompt: Prompt, tried: Try) -> None:
         """Offer a prompt that worked, or a replayed one that may not work any more."""

@@ -304,7 +304,8 @@ class Hunt:
             shot = known.get(prompt.id) or talks.get(row["parent"])
             success = 0.0 if row["is_false_alarm"] else p
             if shot and shot.choice:
-                self.search.learn(shot.choice, prompt, success)
+                harmless = bool(row["is_false_alarm"])
+                self.search.learn(shot.choice, prompt, success, is_harmless=harmless)
             if success > self.settings.keep_above or row["arm"] == REPLAY:
                 self._keep(row, prompt, success)
         self.search.end_batch()
