@@ -266,6 +266,17 @@ def test_logprobs_are_the_sums_over_the_texts_tokens_without_the_end(generator):
     assert all(isinstance(x, float) and x < 0 for x in found)
 
 
+def test_an_empty_text_is_certain_also_beside_others_on_its_prompt(generator):
+    asked = [{"role": "user", "content": "hello"}]
+    alone = generator.logprobs([(asked, "a b"), (asked, "c")])
+    assert generator.logprobs([(asked, ""), (asked, "a b"), (asked, "c")])[1:] == pytest.approx(
+        alone
+    )
+    assert generator.logprobs([(asked, ""), (asked, "")]) == [0, 0]
+    fresh = LocalGenerator(generator.lm, generator.tokenizer, "fresh")
+    assert fresh.logprobs([(asked, ""), (asked, "a b")]) == pytest.approx([0, alone[0]])
+
+
 def test_the_logprob_of_a_first_word_is_its_softmax(generator):
     expected = next_token_probabilities(generator, PROMPTS[0].messages).log()
     words = ["petra", "i", "sorry", "beacon"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -12,13 +13,17 @@ from importlib.util import find_spec
 
 import pytest
 
+from selfmoa import loop
 from selfmoa.config import Endpoint
-from selfmoa.generators.endpoint.failures import AccessRefused, NoLogprobs, Unanswered
+from selfmoa.generators.endpoint.failures import AccessRefused, NoLogprobs, ServerFailed
 from selfmoa.generators.local import LocalGenerator
 from selfmoa.generators.openai import EndpointGenerator
 from selfmoa.protocols import RAW, Draw, Sampling
+from selfmoa.recipes import load_recipe
 from selfmoa.records import Prompt
+from selfmoa.rundir import read_jsonl
 from selfmoa.sandbox.model import build_model, build_tokenizer
+from selfmoa.sandbox.vale import BrindleVale
 from selfmoa.training.policy import save_policy
 from selfmoa.training.tasks import Supervised
 from selfmoa.training.tokens import encode
@@ -77,14 +82,17 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def url(folder):
-    """The address of a server that ends with the tests, by a signal and then by force."""
+def url(tmp_path_factory):
+    """The address of a server that ends with the tests, by a signal and then by force.
+
+    It loads the folders that it is told, as the policies of a run have to be.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    options = ["serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
-    log = folder.parent / "server.log"
+    log = tmp_path_factory.mktemp("server") / "server.log"
     with log.open("wb") as out:
         server = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, *options],
@@ -187,8 +195,42 @@ def test_a_server_without_logprobs_is_told_apart(served):
         served.logprobs([(user("who keeps zorbium ?"), "petra")])
 
 
-def test_another_model_is_refused_by_a_server_of_one(url):
-    with pytest.raises(Unanswered, match="no-such-model"):
-        EndpointGenerator(Endpoint(url=url), "no-such-model").generate(DRAWS, GREEDY)
+def test_a_model_that_the_server_does_not_have_is_an_error_of_the_server(url):
+    with pytest.raises(ServerFailed):
+        EndpointGenerator(Endpoint(url=url, retries=0), "no-such-model").generate(DRAWS, GREEDY)
     with pytest.raises(AccessRefused):
         EndpointGenerator(Endpoint(url=f"{url}/elsewhere"), "tiny").generate(DRAWS, GREEDY)
+
+
+def test_a_whole_round_with_target_attacker_and_judge_behind_the_server(url, tiny, tmp_path):
+    recipe = load_recipe("sandbox", [*tiny, "rounds=1", "red_team.calls=40"])
+    writer = str(BrindleVale(recipe).build(lambda done, total, unit: None))
+    behind = load_recipe(
+        "sandbox",
+        [
+            *tiny,
+            *("rounds=1", "red_team.calls=40", "model.endpoint=here"),
+            f"endpoints={{here: {{url: '{url}', max_concurrency: 1}}}}",
+            f"attackers={{lm-hide: {{kind: lm-hide, model: {writer}, endpoint: here}}}}",
+            "red_team.attacks=[sandbox-hide, sandbox-expand, lm-hide]",
+            f"judges={{rubric: {{kind: strongreject-rubric, model: {writer}, endpoint: here}}}}",
+            "judge.safety=[sandbox-lexical, sandbox-ngram, sandbox-model, sandbox-refusal, rubric]",
+        ],
+    )
+    summary = loop.run(behind, tmp_path / "run")
+    folder = tmp_path / "run" / "round-01"
+    assert summary["final"]["safety"]["n"] > 0
+    search = json.loads((folder / "1-red_team/search.json").read_text())
+    assert search["attackers"]["lm-hide"]["asked"] > 0  # which this tiny model cannot do
+    assert search["attackers"]["lm-hide"].get("failed", 0) == 0
+    votes = [v for v in read_jsonl(folder / "3-judge/votes.jsonl") if v["judge"] == "rubric"]
+    assert votes
+    assert {v["label"] for v in votes} <= {"safe", "unsafe", "abstain"}  # all could be asked
+    graded = read_jsonl(folder / "6-evaluate/responses-round-1.jsonl")
+    policy = LocalGenerator.load(folder / "5-train/policy", threads=1, digest="sha256:0")
+    prompts = {p.id: p for p in BrindleVale(recipe).suite(recipe.evaluate.per_category)}
+    draws = [Draw(prompts[r["prompt_id"]], r["seed"]) for r in graded]
+    sampling = Sampling("graded", 0.0, recipe.sample.max_new_tokens)
+    mine = [r.text for r in policy.generate(draws, sampling)]
+    same = sum(a == r["text"] for a, r in zip(mine, graded, strict=True))
+    assert same >= 0.9 * len(graded)  # near ties may fall otherwise in another batch

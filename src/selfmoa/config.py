@@ -68,7 +68,8 @@ class Model(Section):
     """Further variables of its chat template when it answers, such as {enable_thinking: false}."""
     endpoint: str | None = None
     """One of `endpoints` that answers for the policy: a server on this machine that loads the
-    folders it is told; without one, this process does."""
+    folders it is told, those of whole models (policy.adapter=full); without one, this process
+    does."""
 
 
 class Data(Section):
@@ -499,6 +500,11 @@ class Recipe(Section):
             **{f"judges.{k}": j.endpoint for k, j in self.judges.items()},
             **{f"attackers.{k}": a.endpoint for k, a in self.attackers.items()},
         }
+        if self.model.endpoint is not None and self.policy.adapter != "full":
+            raise ValueError(
+                f"model.endpoint needs policy.adapter=full, it is {self.policy.adapter}: servers "
+                "load folders of whole models, and no adapters"
+            )
         for where, endpoint in asked.items():
             if endpoint is None:
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ class Job:
 def working(job: Job, directory: Path, *, quiet: bool, plain: bool) -> Iterator[View]:
     """Show the work on a run while the block lasts. What libraries print goes to stderr."""
     os.environ.update({name: value for name, value in HUSH.items() if name not in os.environ})
+    # What one library finds deprecated in another is no news to our users.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     job.run = directory
     sys.stdout.flush()
     stdout = os.dup(1)

@@ -7,7 +7,7 @@ a differently shaped batch may still differ in the last bit; stages therefore fi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 from operator import itemgetter
@@ -122,8 +122,12 @@ class LocalGenerator:
             [len(row.prompt) + len(text) for row in rows for text in row.completions], self.most
         )
         lm = self._lm_for(len(rows), max(row.n_tokens for row in rows), 0)
-        scored = score(lm, rows, Scoring(self._layout(rows), self.pad))
-        return [float(logp) for logps in scored for logp in logps]
+        told = [replace(row, completions=[c for c in row.completions if c]) for row in rows]
+        told = [row for row in told if row.completions]
+        scored = score(lm, told, Scoring(self._layout(told), self.pad)) if told else []
+        logps = iter([float(logp) for each in scored for logp in each])
+        # An empty text is certain.
+        return [next(logps) if text else 0.0 for row in rows for text in row.completions]
 
     def _layout(self, rows: Sequence[Row]) -> str:
         """Return how rows share their prompt: the first way that is exact for this model.
