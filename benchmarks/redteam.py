@@ -8,11 +8,12 @@
 - `adaptive`: three rounds with the search, and three with a fixed list of 240 harmful prompts. The
   same number of calls is put to each round's policy: every prompt of the list five times over.
 - `heldout`: what the same runs did to styles never used in training.
-- `planted`: a finished policy is made weak in one cell (a style and an act on a kind of thing) that
-  no archive knows of; does one round's search reach it (draw a truly unsafe answer there), and find
-  it (hand on a prompt of it, as the judges would have it)?
-- `added`: a finished run goes on for a round with an attack that it never met, held in several
-  turns (`sandbox-follow-up`); what becomes of it, and of the old cells?
+- `planted`: the policy of a finished run is made weak in one cell (a style and an act on a kind of
+  thing) that its archive is made to forget; does one more round's search reach it (draw a truly
+  unsafe answer there), and find it (hand on a prompt of it, as the judges would have it)?
+- `added`: the policy of a run that held out a style is made weak in all of it, and requests in that
+  style join for one more round, as with `selfmoa resume --add-seeds`; what becomes of the style,
+  and of the old cells?
 """
 
 from __future__ import annotations
