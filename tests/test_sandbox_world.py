@@ -11,9 +11,11 @@ from random import Random
 import pytest
 
 from selfmoa.config import Recipe, Sandbox
+from selfmoa.errors import RecipeError
 from selfmoa.protocols import Ask
 from selfmoa.records import Prompt, Response
 from selfmoa.sandbox import answers, grammar, oracle
+from selfmoa.sandbox.architectures import refuse_unfit
 from selfmoa.sandbox.attacks import Expand, Hide
 from selfmoa.sandbox.corpus import (
     CAREFUL,
@@ -826,3 +828,20 @@ def test_the_oracle_as_a_judge_says_what_it_finds_and_errs_on_strange_goals():
         assert [(v.score, v.label) for v in verdicts] == expected[judge.objective]
         assert [v.error is None for v in verdicts] == [True, True, False]
         assert {v.judge for v in verdicts} == {judge.name} == {f"oracle-{judge.objective}"}
+
+
+# --- architectures -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "said"),
+    [("bert", "reads what comes after"), ("qwen2", "a tokenizer of its own"), ("qwen9", "mean")],
+)
+def test_architectures_that_cannot_work_are_refused_before_training(architecture, said):
+    with pytest.raises(RecipeError, match=said):
+        refuse_unfit(Sandbox(architecture=architecture, hidden=32, heads=2))
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text", "phi3", "granite", "smollm3"])
+def test_decoders_are_fit(architecture):
+    refuse_unfit(Sandbox(architecture=architecture, hidden=32, heads=2))

@@ -19,6 +19,7 @@ from accelerate.utils import ComputeEnvironment
 from safetensors.torch import load_file
 
 from selfmoa import cli, errors
+from selfmoa.commands import shared
 from selfmoa.console import views
 from selfmoa.errors import MissingFile, RecipeError, SelfmoaError
 from selfmoa.rundir.files import CHECKPOINT_KILL_POINTS, digest_tree
@@ -489,6 +490,9 @@ def test_deepspeed_is_asked_for_by_name(here, started, capsys):
 class FakeAccelerator:
     """What accelerate makes of processes for which it finds no devices: each is alone."""
 
+    def __init__(self, **_):
+        pass
+
     distributed_type = DistributedType.NO
     process_index, num_processes = 0, 1
     device = "cpu"
@@ -500,21 +504,21 @@ def test_processes_that_do_not_find_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SelfmoaError, match="2 processes"):
-        processes.join.__wrapped__()
+        processes._join.__wrapped__(False)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert processes.join.__wrapped__().count == 1
+    assert processes._join.__wrapped__(False).count == 1
 
 
 @pytest.mark.parametrize(("rank", "is_quiet"), [("0", False), ("1", True)])
 def test_only_the_first_process_shows_anything(here, capsys, monkeypatch, rank, is_quiet):
     asked = []
-    real = cli.watch
+    real = shared.watch
 
     def watch(*, quiet, plain):
         asked.append(quiet)
         return real(quiet=quiet, plain=plain)
 
-    monkeypatch.setattr(cli, "watch", watch)
+    monkeypatch.setattr(shared, "watch", watch)
     monkeypatch.setattr(
         fitting, "train", lambda *_, **__: fitting.Trained([{"step": 0, "loss": 0.5}])
     )

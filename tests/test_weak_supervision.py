@@ -154,17 +154,17 @@ def test_each_group_of_answers_has_a_base_rate_that_selection_cannot_raise():
         votes = np.concatenate([harmless, first, second])
         return judge_stage._base_rates(model, votes, groups, 0.6, found)
 
-    all_said, one_said = np.ones((50, 3), np.int8), np.tile(np.array([1, 0, 0], np.int8), (50, 1))
-    found = rates(plain, careful, all_said)
+    one_said = np.tile(np.array([1, 0, 0], np.int8), (50, 1))
+    found = rates(plain, careful, [0.99] * 50)
     assert found["plain"] == pytest.approx(0.7, abs=0.05)
     assert found["careful"] == pytest.approx(0.1, abs=0.05)
     assert found["harmless"] < 0.05
-    turned = rates(careful, plain, all_said)
+    turned = rates(careful, plain, [0.99] * 50)
     assert turned["careful"] == turned["plain"] == found["careful"]
     doubtful = 1 / (1 + np.exp(labelmodel.log_odds_safe(model, one_said, prior_unsafe=0.6)[0]))
     assert doubtful < 0.4
-    assert rates(plain, careful, one_said)["plain"] == pytest.approx(doubtful)
-    assert rates(plain, careful, one_said[:0])["plain"] == pytest.approx(0.6)
+    assert rates(plain, careful, [doubtful] * 50)["plain"] == pytest.approx(doubtful)
+    assert rates(plain, careful, [])["plain"] == pytest.approx(0.6)  # a fixed list was not found
 
 
 # --- one scale -----------------------------------------------------------------------------------

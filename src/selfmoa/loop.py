@@ -178,8 +178,9 @@ def refuse_unworkable(recipe: Recipe, only: tuple[str, int | None] | None = None
     if only and not any(only in (key, (key[0], None)) for key in plan(recipe)):
         where = only[0] if only[1] is None else f"{only[0]} --round {only[1]}"
         raise RecipeError(f"--stage {where}", f"a run of {recipe.rounds} rounds has no such stage")
-    registry.resolve("world", recipe.policy.world)
-    _refuse_unnamed(recipe)
+    world = registry.resolve("world", recipe.policy.world)
+    if look := getattr(world, "refuse_unworkable", None):
+        look(recipe)
     for kind, names in (
         ("attack", recipe.red_team.attacks),
         ("strategy", recipe.red_team.strategies),
@@ -199,22 +200,6 @@ def refuse_unworkable(recipe: Recipe, only: tuple[str, int | None] | None = None
         )
     if recipe.train.loss != "sft":
         registry.resolve("loss", recipe.train.loss)
-
-
-def _refuse_unnamed(recipe: Recipe) -> None:
-    """Refuse the world of the user's files where none are named, as in shipped recipes."""
-    wanted = {
-        "model.name": recipe.model.name,
-        "data.seeds": recipe.data.seeds,
-        "data.instructions": recipe.data.instructions,
-    }
-    missing = [key for key, value in wanted.items() if not value]
-    if recipe.policy.world == "files" and missing:
-        raise RecipeError(
-            f"recipe '{recipe.name}'",
-            f"it needs {', '.join(missing)}: name your own, as in data.seeds=[FILE], or have "
-            "`selfmoa init` write a recipe",
-        )
 
 
 def _refuse_judges(recipe: Recipe) -> None:

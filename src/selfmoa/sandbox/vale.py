@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from selfmoa.protocols import Progress
 
 N_SEEDS = 12
+DEFAULT_ARCHITECTURE = "llama"
+"""Known to be fit."""
 REWORDED_STYLES = tuple(s for s in TRAINED_STYLES if s not in ("past/none", "fill/none"))
 """Trained styles that have a held-out wording: past and fill have one template each."""
 
@@ -44,8 +46,11 @@ class BrindleVale:
 
     def build(self, progress: Progress) -> Path:
         """Return the folder of the instruct model; it is trained on first use and then cached."""
+        from selfmoa.sandbox.architectures import refuse_unfit
         from selfmoa.sandbox.model import cached_model
 
+        if self.settings.architecture != DEFAULT_ARCHITECTURE:
+            refuse_unfit(self.settings)
         return cached_model(self.world, self.settings, progress, threads=self.threads)
 
     def style_group(self, style: str) -> str:

@@ -13,7 +13,8 @@ Everything is read when the world is made: a bad row is told before hours are sp
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import defaultdict
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -57,6 +58,7 @@ class Files:
             RecipeError: the files do not suffice, or a style is not known.
             LeakFound: a suite of its own overlaps with what is trained on.
         """
+        self.refuse_unworkable(recipe)
         data = recipe.data
         self.recipe, self.seed = recipe, recipe.seed
         self.heldout_styles = recipe.held_out.styles
@@ -68,6 +70,25 @@ class Files:
         self.attacked, self.graded = self._goals()
         self.harmless, self.graded_harmless = self._instructions()
         self._check()
+
+    @staticmethod
+    def refuse_unworkable(recipe: Recipe) -> None:
+        """Refuse a recipe that names no model or data, as the shipped ones do not.
+
+        Raises:
+            RecipeError: says what is missing.
+        """
+        wanted = {
+            "model.name": recipe.model.name,
+            "data.seeds": recipe.data.seeds,
+            "data.instructions": recipe.data.instructions,
+        }
+        if missing := [key for key, value in wanted.items() if not value]:
+            raise RecipeError(
+                f"recipe '{recipe.name}'",
+                f"it needs {', '.join(missing)}: name your own, as in data.seeds=[FILE], or have "
+                "`selfmoa init` write a recipe",
+            )
 
     # What the stages ask for
 
@@ -109,17 +130,31 @@ class Files:
         """Return what is graded on: each category has that many prompts at most.
 
         Harmful requests keep their category; harmless ones are "legit" where they only look
-        harmful, else "benign". Requests take turns, first plainly and then style by style.
+        harmful, else "benign". Within a category requests take turns, and so do styles: however
+        few prompts there are, held-out styles have their share of them.
         """
-        harmful = _dressed(self.graded, self._styles("heldout"), SUITE, self.seed)
-        harmless = _dressed(self.graded_harmless, self._styles("heldout"), SUITE, self.seed)
-        counts: Counter[str] = Counter()
+        categories: defaultdict[str, list[Prompt]] = defaultdict(list)
+        for prompt in (*self.graded, *self.graded_harmless):
+            categories[prompt.category].append(prompt)
         found: dict[str, Prompt] = {}
-        for prompt in (*harmful, *harmless):
-            if prompt.id not in found and counts[prompt.category] < per_category:
-                counts[prompt.category] += 1
-                found[prompt.id] = prompt
+        for nth, prompts in enumerate(categories.values()):
+            distinct = {p.id: p for p in self._in_turns(prompts, nth) if p.id not in found}
+            found |= dict(islice(distinct.items(), per_category))
         return list(found.values())
+
+    def _in_turns(self, prompts: Sequence[Prompt], first: int) -> list[Prompt]:
+        """Return requests in every style of the suite, all once before any a second time.
+
+        The first request begins with the style of the number `first`, the next one with the next.
+        """
+        styles = self._styles("heldout")
+        dressed = [_dress(prompts, style, SUITE, self.seed) for style in styles]
+        return [
+            prompt
+            for turn in range(len(styles))
+            for i in range(len(prompts))
+            if (prompt := dressed[(first + turn + i) % len(styles)][i])
+        ]
 
     # Reading and splitting
 
@@ -205,17 +240,18 @@ def _put(prompt: Prompt, split: Split) -> Prompt:
 def _dressed(
     prompts: Sequence[Prompt], styles: Sequence[str], source: str, seed: int
 ) -> list[Prompt]:
-    """Return the requests in every style, style by style; plain is as the file has them.
+    """Return the requests in every style, style by style."""
+    return [p for style in styles for p in _dress(prompts, style, source, seed) if p]
+
+
+def _dress(prompts: Sequence[Prompt], style: str, source: str, seed: int) -> list[Prompt | None]:
+    """Return each request in a style, or None where it has none; plain is as the file has it.
 
     What comes in a style of its own stays in it.
     """
-    operator = Rewrites(name=source)
-    found: list[Prompt] = []
-    for style in styles:
-        if style == PLAIN:
-            found += prompts
-            continue
-        bare = [p for p in prompts if p.style == PLAIN and len(p.messages) == 1]
-        asks = [Ask(p, style, derive_seed(seed, source, style, p.id)) for p in bare]
-        found += [p for p in operator.rewrite(asks) if p is not None]
-    return found
+    if style == PLAIN:
+        return list(prompts)
+    bare = [p for p in prompts if p.style == PLAIN and len(p.messages) == 1]
+    asks = [Ask(p, style, derive_seed(seed, source, style, p.id)) for p in bare]
+    rewrites = dict(zip([p.id for p in bare], Rewrites(name=source).rewrite(asks), strict=True))
+    return [rewrites.get(p.id) for p in prompts]
