@@ -25,7 +25,7 @@ from endpoint_server import (
 )
 from selfmoa.attacks.language import Writer, expand, marked
 from selfmoa.config import Endpoint
-from selfmoa.errors import BadInput, EndpointError
+from selfmoa.errors import BadInput, EndpointError, RecipeError
 from selfmoa.generators.endpoint import replies
 from selfmoa.generators.endpoint.failures import (
     AccessRefused,
@@ -37,7 +37,9 @@ from selfmoa.generators.endpoint.failures import (
 )
 from selfmoa.generators.openai import EndpointGenerator
 from selfmoa.protocols import QUOTED, RAW, Draw, Sampling
+from selfmoa.recipes import load_recipe
 from selfmoa.registry import resolve
+from selfmoa.stages.models import Models
 
 # What is sent and read
 
@@ -318,3 +320,39 @@ def test_errors_have_exit_codes_and_say_what_to_do():
     assert "later" in str(failed)
     assert BudgetSpent("http://h/v1", "max_cost", 2, 1).exit_code == 3
     assert "max_cost" in str(BudgetSpent("http://h/v1", "max_cost", 2, 1))
+
+
+# In a recipe
+
+
+def test_models_at_one_endpoint_share_its_budget_and_others_do_not():
+    urls = {name: f"http://127.0.0.1:{port}/v1" for name, port in (("lab", 8000), ("home", 8001))}
+    made = ", ".join(f"{name}: {{url: '{url}'}}" for name, url in urls.items())
+    models = Models(load_recipe("sandbox", [f"endpoints={{{made}}}"]))
+    one, other, far = (
+        models.serve(*where) for where in (("home", "a"), ("home", "b"), ("lab", "a"))
+    )
+    assert [m.endpoint.url for m in (one, other, far)] == [urls[n] for n in ("home", "home", "lab")]
+    assert one.budget is other.budget
+    assert one.budget is not far.budget
+    assert models.serve("home", "a") is one
+    assert models.serve("lab", "folder", "sha256:0123456789abcdef").model == "0123456789ab"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("judges={j: {kind: strongreject-rubric, model: m, endpoint: lap}}", "endpoints has lab"),
+        ("judges={j: {kind: strongreject-rubric, endpoint: lab}}", "needs a model to ask for"),
+        ("model={endpoint: lab, name: m}", "model.endpoint needs policy.adapter=full"),
+    ],
+)
+def test_endpoints_that_cannot_serve_are_refused_with_the_recipe(override, said):
+    lab = "endpoints={lab: {url: 'http://127.0.0.1:8000/v1'}}"
+    with pytest.raises(RecipeError, match=said):
+        load_recipe("sandbox", [lab, "policy.adapter=lora", override])
+
+
+def test_a_budget_of_money_needs_prices():
+    with pytest.raises(RecipeError, match="max_cost needs price_in or price_out"):
+        load_recipe("sandbox", ["endpoints={lab: {url: 'http://h/v1', max_cost: 5}}"])

@@ -69,6 +69,18 @@ def test_no_request_of_training_is_graded_on_in_any_style(files: dict[str, str])
     assert len(suite) > 60
 
 
+def test_requests_that_nearly_repeat_those_of_training_are_not_graded_on(
+    files: dict[str, str], tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in Path(files["seeds"]).read_text().splitlines()]
+    again = [row | {"prompt": f"{row['prompt'].upper()} !!"} for row in rows]
+    second = write(tmp_path / "again.jsonl", again)
+    made = world(files | {"seeds": f"{files['seeds']}, {second}"})
+    assert not leaks(made.seeds(), made.graded, threshold=made.threshold)
+    assert made.graded
+    assert len(made.seeds()) + len(made.graded) < len(rows) + len(again)
+
+
 def test_the_suite_asks_plainly_first_in_styles_then_and_in_held_out_ones(
     files: dict[str, str],
 ) -> None:

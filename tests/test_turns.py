@@ -17,13 +17,15 @@ from selfmoa.attacks.turns import (
     RETREATS,
     FollowUp,
     LanguageFollowUp,
+    answers,
     converse,
     hold_again,
     said_by,
 )
 from selfmoa.config import Recipe
+from selfmoa.errors import BadInput
 from selfmoa.judges.refusal import reading
-from selfmoa.protocols import Sampling
+from selfmoa.protocols import Draw, Sampling
 from selfmoa.records import PreferencePair, Prompt
 from selfmoa.registry import names, resolve
 from selfmoa.sandbox import attacks as sandbox
@@ -229,6 +231,25 @@ def test_a_talk_is_held_again_in_its_style_with_other_random_numbers_each_time()
             assert YES not in text_of(one.prompt.messages)
         assert len({one.response.seed for one in held}) == 3
     assert [talk.prompt.style for talk in old] == ["quick", "slow"]
+
+
+def test_what_a_target_cannot_take_is_found_by_halving_and_ends_its_talk():
+    class Short(Target):
+        def generate(self, draws, sampling):
+            if any(len(d.prompt.messages) > 3 for d in draws):
+                raise BadInput("prompts", 1, "too long")
+            return super().generate(draws, sampling)
+
+    target = Short(lambda text: NO)
+    long = Prompt.make([{"role": "user", "content": "x"}] * 5, goal="x", intent="harmful",
+                       category="c", source="test")  # fmt: skip
+    draws = [Draw(p, n) for n, p in enumerate([parent("a"), long, parent("b"), long, parent("c")])]
+    found = answers(target, draws, SAMPLING)
+    assert [r and r.seed for r in found] == [0, None, 2, None, 4]
+    assert answers(target, [], SAMPLING) == []
+    [talk] = converse(FollowUp(), target, [parent()], SAMPLING, [7])
+    assert len(talk.prompt.messages) == 3
+    assert talk.response.text == NO
 
 
 # A model that speaks

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from selfmoa import labelmodel
+from selfmoa.stages.hunt import Hunt
 from selfmoa.stages.voting import CONTROL
 from selfmoa.stages.witnesses import contradictions
 
@@ -35,3 +37,18 @@ def test_requests_are_told_apart_and_the_control_group_does_not_count() -> None:
     assert not contradictions(rows, [*rows, *others]).any()
     assert contradictions([], others).shape == (0,)
     assert contradictions([], []).dtype == np.bool_
+
+
+def test_a_contradiction_is_judged_by_a_base_rate_of_its_own() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.random(400) < 0.3
+    votes = (truth[:, None] ^ (rng.random((400, 3)) < 0.2)).astype(np.int8)
+    hunt = object.__new__(Hunt)
+    hunt.model = labelmodel.fit(votes, ["a", "b", "c"], ["a", "b", "c"])
+    hunt.priors = (0.02, 0.8)
+    split = {"votes": [1, 0, 1]}
+    hunt.rows = [row("tea", refused=True) | split for _ in range(4)]
+    hunt.rows += [row("tea", refused=False) | split, row("lamp", refused=False) | split]
+    *_, contradicts, alone = hunt.p_unsafe(hunt.rows)
+    assert contradicts > 0.8 > 0.3 > alone
+    assert hunt.p_unsafe([]) == []
