@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from itertools import permutations
-from random import Random
 
 import pytest
 from hypothesis import given
@@ -239,56 +237,6 @@ def test_equally_hard_prompts_come_in_the_order_of_their_ids():
     ids = [p.id for p in archive.spread(9)]
     assert len(ids) == 4
     assert ids == sorted(ids)
-
-
-# Parents
-
-
-def test_without_prompts_that_may_work_parents_are_seeds():
-    seeds = [prompt(f"seed {i}") for i in range(3)]
-    archive, rng = Archive(2, NOW), Random(0)
-    archive.put(entry("closed", (NOW, 0, 4)))
-    drawn = Counter(names(archive.draw_parent(seeds, rng) for _ in range(600)))
-    assert set(drawn) == set(names(seeds))
-    assert min(drawn.values()) > 150
-
-
-def test_full_cells_are_not_drawn_more_than_others_and_seeds_stay_in_play():
-    seeds = [prompt("seed")]
-    archive = Archive(10, NOW)
-    for i in range(9):
-        archive.put(once(f"crowd {i}", 0.9, "crowded"))
-    archive.put(entry("closed", (NOW, 0, 4), category="crowded"))
-    for cell in ("b", "c"):
-        archive.put(once(cell, 0.6, cell))
-    archive.put(entry("d", (BEFORE, 4, 4), category="d"))  # stale: it may work
-    archive.put(entry("e", (NOW, 0, 4), category="e"))
-    rng, n = Random(1), 6000
-    drawn = Counter(archive.draw_parent(seeds, rng).goal for _ in range(n))
-    # Four cells to draw from: a seed is drawn 1 time in 1 + sqrt(4).
-    assert drawn["seed"] / n == pytest.approx(1 / 3, abs=0.03)
-    crowd = sum(drawn[f"crowd {i}"] for i in range(9))
-    for count in (crowd, drawn["b"], drawn["c"], drawn["d"]):
-        assert count / n == pytest.approx(2 / 3 / 4, abs=0.025)
-    assert min(drawn[f"crowd {i}"] for i in range(9)) > 0
-    assert not drawn["closed"] + drawn["e"]
-
-
-def test_parents_depend_on_the_generator_and_not_on_the_order_of_offers():
-    offers = [once(f"{c} {i}", 0.6 + i / 100, c) for c in "abc" for i in range(3)]
-    one, other = Archive(5, NOW), Archive(5, NOW)
-    for each in offers:
-        one.put(each)
-    for each in reversed(offers):
-        other.put(each)
-    seeds = [prompt("seed")]
-
-    def draws(archive, seed):
-        rng = Random(seed)
-        return names(archive.draw_parent(seeds, rng) for _ in range(50))
-
-    assert draws(one, 3) == draws(other, 3)
-    assert draws(one, 3) != draws(one, 4)
 
 
 # Rows

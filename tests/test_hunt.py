@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from random import Random
 
 import pytest
@@ -92,6 +93,22 @@ def test_goals_that_are_false_alarms_are_rewritten_only_where_there_are_no_other
     met = prompt("wake the bold wind", "d", "s")
     search.learn(choice, met, 0.0)
     assert {c.parent.goal for c in search.choose(80)} == {harmful.goal, met.goal}
+
+
+def test_full_cells_are_not_drawn_more_than_others_and_seeds_stay_in_play():
+    archive = Archive(10, "policy")
+    cells = {"s": 9, "t": 1, "u": 1, "v": 1}
+    for style, n in cells.items():
+        for i in range(n):
+            archive.put(Entry(prompt(f"{style} {i}", "c", style), (Try("policy", 1, 1, 0.9),)))
+    archive.put(Entry(prompt("closed", "c", "w"), (Try("policy", 1, 4, 0.0),)))
+    drawn = [c.parent for c in searching(archive).choose(12000) if c.parent.category == "c"]
+    share = Counter("seed" if p == SEEDS[0] else p.style for p in drawn)
+    # Four cells to draw from: a seed is drawn 1 time in 1 + sqrt(4).
+    assert share["seed"] / len(drawn) == pytest.approx(1 / 3, abs=0.03)
+    for style in cells:
+        assert share[style] / len(drawn) == pytest.approx(2 / 3 / 4, abs=0.025)
+    assert not share["w"]
 
 
 def test_the_bandit_goes_where_it_worked():

@@ -12,14 +12,14 @@ ask: the archive says whose turn it is, and is told what came of it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from selfmoa.records import Prompt, Record
 
 if TYPE_CHECKING:
-    from random import Random
+    pass
 
 Cell = tuple[str, str]
 """(category, style)."""
@@ -168,22 +168,6 @@ class Archive:
     def _hardness(self, entry: Entry) -> tuple[float, float, str]:
         n_unsafe, n = entry.on(self.policy)
         return max(1, round(n_unsafe)) / n, -n_unsafe / n, entry.prompt.id
-
-    def draw_parent(self, seeds: Sequence[Prompt], rng: Random) -> Prompt:
-        """Draw a parent for a rewrite: a seed, or an entry that is working or stale.
-
-        A seed has probability 1 / (1 + sqrt(n)) with n cells to draw from; those are equally
-        likely, however full they are.
-        """
-        open_ = {key: self._not_closed(cell) for key, cell in self.cells.items()}
-        cells = sorted(key for key, ids in open_.items() if ids)
-        if not cells or rng.random() < 1 / (1 + len(cells) ** 0.5):
-            return rng.choice(seeds)
-        key = rng.choice(cells)
-        return self.cells[key][rng.choice(open_[key])].prompt
-
-    def _not_closed(self, cell: Mapping[str, Entry]) -> list[str]:
-        return [id_ for id_ in sorted(cell) if self.state(cell[id_]) != "closed"]
 
     # Rows
 
