@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 from transformers.models.qwen2 import Qwen2Config
 
+from replicas import write_replica
 from selfmoa.config import Policy, Recipe
 from selfmoa.errors import MissingExtra
 from selfmoa.generators import devices, local
@@ -24,6 +26,7 @@ from selfmoa.generators.devices import (
 )
 from selfmoa.generators.local import LocalGenerator
 from selfmoa.protocols import Draw, Sampling
+from selfmoa.recipes import load_recipe
 from selfmoa.records import Prompt
 from selfmoa.rundir import digest_tree
 from selfmoa.sandbox.model import build_model, build_tokenizer
@@ -35,7 +38,13 @@ from selfmoa.training.estimates import (
     training_bytes,
     weights_bytes,
 )
-from selfmoa.training.policy import load_policy, make_trainable, save_policy
+from selfmoa.training.policy import (
+    load_model,
+    load_policy,
+    load_tokenizer,
+    make_trainable,
+    save_policy,
+)
 
 TOKENIZER = build_tokenizer()
 FREE = Sampling("free", 1.0, 8)
@@ -366,3 +375,20 @@ def test_estimating_touches_no_random_numbers():
     training_bytes(config, Policy(adapter="lora", max_tokens=64), length=32)
     assert torch.equal(torch.get_rng_state(), before)
     assert devices.choose_device("cpu").type == "cpu"
+
+
+def test_an_adapter_has_one_name_wherever_it_and_its_base_lie(tmp_path):
+    """Ids of answers hold it, and the order of things follows ids."""
+    named = {}
+    for place, seed in (("here", 0), ("there", 0), ("elsewhere", 1)):
+        base = write_replica(tmp_path / place / "base", "qwen3")
+        policy = Policy(adapter="lora", lora_rank=2)
+        model = make_trainable(load_model(base), policy, seed)
+        save_policy(model, load_tokenizer(base), tmp_path / place / "adapter")
+        named[place] = Models(load_recipe("sandbox")).digest(tmp_path / place / "adapter")
+    assert named["here"] == named["there"] != named["elsewhere"]
+    other = write_replica(tmp_path / "other", "qwen3", seed=5)
+    config = tmp_path / "there/adapter/adapter_config.json"
+    settings = json.loads(config.read_text()) | {"base_model_name_or_path": str(other)}
+    config.write_text(json.dumps(settings))
+    assert Models(load_recipe("sandbox")).digest(config.parent) != named["here"]

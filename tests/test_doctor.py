@@ -177,6 +177,13 @@ def nowhere(case: Case, patch: pytest.MonkeyPatch) -> None:
     case.more += ["judges.one.model=someone/not-here-1B"]
 
 
+def unreachable(case: Case, patch: pytest.MonkeyPatch) -> None:
+    patch.delenv("HF_HUB_OFFLINE", raising=False)
+    patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    patch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    case.more += ["judges.one.model=someone/not-here-1B"]
+
+
 FAULTS: list[tuple[Callable[[Case, pytest.MonkeyPatch], None], str, str, str]] = [
     (pickled, "intake model", "pytorch_model.bin", "take a version that has"),
     (template_gone, "template model", "no chat template", "instruct"),
@@ -191,6 +198,7 @@ FAULTS: list[tuple[Callable[[Case, pytest.MonkeyPatch], None], str, str, str]] =
     (few_families, "recipe", "2 judges of 2 families", "judge.safety"),
     (little_memory, "memory", "GB", "try "),
     (nowhere, "model judges.one", "not here", "name a folder"),
+    (unreachable, "model judges.one", "the hub cannot be asked", "name a folder"),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfmoa import loop
-from selfmoa.errors import MissingFile, RunChanged, StageFailed
+from selfmoa.errors import RunChanged, StageFailed
 from selfmoa.recipes import load_recipe
 from selfmoa.records import PreferencePair, Prompt, Response, Verdict
 from selfmoa.rundir import RunDir, read_jsonl
@@ -142,9 +143,15 @@ def test_another_recipe_is_refused_by_the_name_of_its_key(finished, tiny):
         loop.run(load_recipe("sandbox", [*tiny, "seed=5"]), finished[0])
 
 
-def test_more_rounds_need_the_reset_policy_and_say_so(finished, tiny):
-    with pytest.raises((MissingFile, RunChanged), match=r"reset\.keep|report"):
-        loop.run(load_recipe("sandbox", [*tiny, "rounds=3"]), finished[0])
+def test_a_finished_run_goes_on_for_more_rounds(finished, tiny, tmp_path):
+    """What was deleted at its end is made again for the time, and what is sealed stays."""
+    folder = tmp_path / "longer"
+    shutil.copytree(finished[0], folder)
+    before = (folder / "round-02/5-train/stage.json").read_bytes()
+    summary = loop.run(load_recipe("sandbox", [*tiny, "rounds=3"]), folder)
+    assert len(summary["rounds"]) == 3
+    assert (folder / "round-02/5-train/stage.json").read_bytes() == before
+    assert not any((folder / "00-reset/1-reset/policy").glob("*"))
 
 
 def test_nothing_held_out_is_in_any_file_of_training(finished):

@@ -81,16 +81,20 @@ def test_requests_that_nearly_repeat_those_of_training_are_not_graded_on(
     assert len(made.seeds()) + len(made.graded) < len(rows) + len(again)
 
 
-def test_the_suite_asks_plainly_first_in_styles_then_and_in_held_out_ones(
+def test_the_suite_asks_in_all_styles_and_held_out_ones_have_their_share_of_few(
     files: dict[str, str],
 ) -> None:
     made = world(files, "held_out.styles=[past]", "data.styles=[plain, role]")
     styles = [p.style for p in made.suite(1000) if p.intent == "harmful"]
-    assert list(dict.fromkeys(styles)) == ["plain", "role", "past"]
+    n = {style: styles.count(style) for style in styles}
+    assert n == dict.fromkeys(("plain", "role", "past"), len(styles) // 3)
     assert made.heldout_styles == ("past",)
     assert {p.style for p in made.static_attacks(1000)} == {"plain", "role"}
-    few = made.suite(2)
-    assert all(sum(p.category == c for p in few) <= 2 for c in {p.category for p in few})
+    few = made.suite(3)
+    for category in {p.category for p in few}:
+        of_it = [p for p in few if p.category == category]
+        assert len({p.goal for p in of_it}) == len(of_it) == 3
+        assert {p.style for p in of_it} == {"plain", "role", "past"}
 
 
 def test_the_split_is_of_the_request_and_not_of_the_run(files: dict[str, str]) -> None:

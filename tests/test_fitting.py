@@ -388,7 +388,9 @@ def hub(base, tmp_path, monkeypatch):
     def snapshot_download(name, *, revision=None, allow_patterns=None, **_):
         calls.append((name, revision, tuple(allow_patterns)))
         if name != "org/tiny" or revision not in (None, "main", COMMIT):
-            raise huggingface_hub.errors.HFValidationError(f"no such repository: {name}.\nMore")
+            raise huggingface_hub.errors.LocalEntryNotFoundError(
+                f"no such repository: {name}.\nMore"
+            )
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfmoa import registry
-from selfmoa.errors import RecipeError, did_you_mean
+from selfmoa.errors import RecipeError, UnknownPlugin, did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from selfmoa.config import Attacker, JudgeModel, Recipe
     from selfmoa.rundir import RunDir
@@ -33,6 +33,8 @@ def run_rounds(context: Context, only: tuple[str, int | None] | None = None) -> 
     """Run every stage in order; with `only`, up to and including that stage (its first round)."""
     for name, round_ in context.run.stages():
         context.refuse_changed(registry.resolve("stage", name)(), name, round_)
+    if context.run.sealed("report", 0) is None:
+        context.gather()
     for name, round_ in _stages_in_order(context):
         context.do(registry.resolve("stage", name)(), name, round_)
         if name == "evaluate":
@@ -99,8 +101,7 @@ def run(
             stages=plan(recipe),
         )
         context = Context(recipe, opened, heard)
-        if (recipe.added_seeds or recipe.added_attacks) and not opened.sealed("report", 0):
-            context.restore_reset()
+        _make_room_for_more(context)
         run_rounds(context, only)
         if opened.sealed("report", 0) is None:
             return {}
@@ -108,6 +109,20 @@ def run(
         summary = context.summary()
         _tell_done(heard, directory, context.path("report", "", 0), summary)
         return summary
+
+
+def _make_room_for_more(context: Context) -> None:
+    """Let a run that was finished go on for further rounds, if its recipe asks for more by now.
+
+    What was deleted or written at its end is made again.
+    """
+    done = [r for name, r in context.run.stages() if name == "evaluate"]
+    last = max((r for r in done if context.run.sealed("evaluate", r)), default=0)
+    if not last or context.why_stop(last) is not None:
+        return
+    if context.run.sealed("report", 0):
+        context.run.discard_from("report", 0)
+    context.restore_reset()
 
 
 def extend(
@@ -151,8 +166,10 @@ def extend(
             raise RecipeError(
                 str(directory), f"round {round_} is not finished: selfmoa resume it first"
             )
+        context = Context(recipe, opened, _noting(opened, None))
+        if attack:
+            context.attacker(attack)  # what it needs is there, or nothing is changed
         if new:
-            context = Context(recipe, opened, _noting(opened, None))
             refuse_unreadable(seeds, new, load_tokenizer(context.policy_folder(round_)))
         file = f"seeds/round-{round_:02}.jsonl"
         if new:
@@ -250,7 +267,7 @@ def _refuse_judges(recipe: Recipe) -> None:
 def _refuse_attacker(recipe: Recipe, kind: str, name: str) -> None:
     """Refuse unknown attackers, and options that they do not have."""
     own = recipe.attackers.get(name)
-    factory = registry.resolve(kind, own.kind if own else name)
+    factory = _plugin(recipe, kind, name, own, recipe.attackers)
     if own is None:
         return
     _refuse_options(f"attackers.{name}", own, factory)
@@ -266,12 +283,40 @@ def _judge_plugin(recipe: Recipe, name: str) -> Any:
 
     Raises:
         UnknownPlugin, MissingExtra, BrokenPlugin: as `registry.resolve`.
-        RecipeError: its kind does not take the options that the recipe gives.
+        RecipeError: its kind does not take the options that the recipe gives, or needs others.
     """
     own = recipe.judges.get(name)
-    factory = registry.resolve("judge", own.kind if own else name)
+    factory = _plugin(recipe, "judge", name, own, recipe.judges)
     if own is not None:
         _refuse_options(f"judges.{name}", own, factory)
+    return factory
+
+
+def _plugin(
+    recipe: Recipe, kind: str, name: str, own: Attacker | JudgeModel | None, named: Iterable[str]
+) -> Any:
+    """Return the plug-in behind a name of the recipe's own or of the registry's.
+
+    Raises:
+        UnknownPlugin, MissingExtra, BrokenPlugin: as `registry.resolve`.
+        RecipeError: it knows the embedded world alone, or needs settings that are not given.
+    """
+    if own is None and name not in (known := registry.names(kind)):
+        raise UnknownPlugin(kind, name, {*named, *known})
+    plugin = own.kind if own else name
+    factory = registry.resolve(kind, plugin)
+    if plugin.startswith("sandbox-") and recipe.policy.world == "files":
+        raise RecipeError(
+            f"recipe '{recipe.name}'",
+            f"{kind} '{name}' knows the embedded sandbox alone: name another one for your own data",
+        )
+    given = own.options if own else {}
+    for option, p in signature(factory).parameters.items():
+        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and option not in given:
+            section = "judges" if kind == "judge" else "attackers"
+            raise RecipeError(
+                f"{section}.{name}.options", f"'{plugin}' needs the option '{option}'"
+            )
     return factory
 
 

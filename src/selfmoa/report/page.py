@@ -339,7 +339,7 @@ def _pick(title: str, heads: Mapping[str, str], rows: Sequence[Story]) -> Table:
 
 def _judges(judges: Sequence[Story]) -> list[Part]:
     if not judges:
-        return ["The story has no judges measured against the oracle."]
+        return ["The story has no judges measured against the grader."]
     ranked = sorted(judges, key=_judge_order)
     lines: dict[tuple[str, str, bool], list[tuple[str, Mark | None]]] = {}
     for judge in ranked:
@@ -358,9 +358,9 @@ def _judges(judges: Sequence[Story]) -> list[Part]:
         "Specificity, believed": "estimated_specificity",
         "Specificity, true": "specificity",
     }
-    title = "Accuracy of each judge against the oracle"
+    title = "Accuracy of each judge against the grader"
     chart = figures.dots(title, "accuracy", rows)
-    belief = "What the label model believed, and what the oracle found"
+    belief = "What the label model believed, and what the grader found"
     return [Figure(chart, _pick(title, accuracy, ranked)), _pick(belief, beliefs, ranked)]
 
 
@@ -413,7 +413,7 @@ def _pairs(rounds: Sequence[Story]) -> list[Part]:
         Series(o, ink, [mark(row.get(o), f"{n}, {o}") for n, row in zip(names, right, strict=True)])
         for o, ink in zip(objectives, inks, strict=True)
     ]
-    title, way = "Preference pairs kept", "Pairs that point the right way, says the oracle"
+    title, way = "Preference pairs kept", "Pairs that point the right way, says the grader"
     bars = figures.stacked(title, "pairs", names, list(zip(objectives, inks, counts, strict=True)))
     chart = figures.trend(way, "round", "share of pairs", [Step(name) for name in names], lines)
     shares = [(n, *map(row.get, objectives)) for n, row in zip(names, right, strict=True)]

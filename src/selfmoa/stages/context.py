@@ -212,6 +212,22 @@ class Context:
 
     # Doing the work
 
+    def gather(self) -> None:
+        """Find all models, and build all judges and attackers; no weights are read yet.
+
+        What is missing is told before any work is done, not when it is first asked.
+        """
+        recipe = self.recipe
+        if recipe.model.endpoint is None:
+            _ = self.instruct
+        weak = recipe.judge
+        graders = recipe.evaluate.judges.values()
+        for name in (*weak.safety, weak.helpfulness, weak.refusal, *graders):
+            self.judge(name)
+        later = recipe.added_attacks.values()
+        for name in (*recipe.red_team.attacks, *recipe.red_team.strategies, *later):
+            self.attacker(name)
+
     def refuse_changed(self, stage: Stage, name: str, round_: int) -> None:
         """Refuse other settings than those the work on disk has, before anything is built.
 

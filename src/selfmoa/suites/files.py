@@ -23,7 +23,7 @@ from selfmoa.attacks.interop import read_attacks
 from selfmoa.attacks.leakage import leaks, refuse_leaks
 from selfmoa.attacks.operators import Rewrites, refuse_unknown
 from selfmoa.attacks.taxonomy import PLAIN
-from selfmoa.errors import RecipeError
+from selfmoa.errors import MissingFile, RecipeError
 from selfmoa.protocols import Ask
 from selfmoa.records import Prompt, derive_seed
 from selfmoa.rundir import digest_file
@@ -65,6 +65,11 @@ class Files:
         styles = [s for s in (*data.styles, *self.heldout_styles) if s != PLAIN]
         refuse_unknown("data.styles, held_out.styles", styles)
         files = [*data.seeds, *data.instructions, *data.suite, *data.harmless]
+        for name in files:
+            if not Path(name).is_file():
+                raise MissingFile(
+                    name, "file of data", "paths are taken from the folder that you are in"
+                )
         self.digest = {name: digest_file(Path(name)) for name in files}
         self.threshold = recipe.held_out.near_duplicate
         self.attacked, self.graded = self._goals()

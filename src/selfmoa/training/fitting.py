@@ -237,8 +237,11 @@ def fit_policy(
         "layout": layout,
     }
     log = work.fit(tasks, optimisation, made_of)
-    base = {} if Path(name).is_dir() else {"base_commit": start.name}
-    work.save(made_of | ({"base": name} | base if name else {}))
+    is_folder = Path(name).is_dir()  # named by its whole path, as adapters name it
+    base = (
+        {"base": str(start.resolve())} if is_folder else {"base": name, "base_commit": start.name}
+    )
+    work.save(made_of | (base if name else {}))
     return Trained(log, dict(work.dropped), layout)
 
 

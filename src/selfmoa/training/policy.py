@@ -47,8 +47,10 @@ def find_model(name: str, revision: str | None = None) -> Path:
 
     try:
         found = Path(snapshot_download(name, revision=revision, allow_patterns=list(READ)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no answer"
+    except HFValidationError as error:
+        raise MissingFile(name, "model", "check the path, or name one of the model hub") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().removeprefix("Got: ").partition("\n")[0] or "no answer"
         raise MissingFile(
             name, "model", f"it is no local folder, and the model hub said: {reason.rstrip('.')}"
         ) from error

@@ -302,8 +302,13 @@ def _objective(row: Mapping[str, Any], weights: Mapping[str, float]) -> str:
     if not isinstance(objective, str):
         raise _FieldError("objective", "should be text")
     if not weights.get(objective):
+        margins = row.get("margins")
+        named = dict.fromkeys([objective, *(margins if isinstance(margins, dict) else ())])
+        example = ", ".join(f"{name}: 0.5" for name in named)
         raise _FieldError(
-            "objective", f"is {objective!r}, which has no weight{_known(objective, weights)}"
+            "objective",
+            f"is {objective!r}, which has no weight{_known(objective, weights)}; give it one, as "
+            f"in 'train.weights={{{example}}}'",
         )
     return objective
 
