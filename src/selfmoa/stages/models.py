@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from selfmoa import registry
-from selfmoa.records import content_id
-from selfmoa.rundir import digest_file, digest_tree
+from selfmoa.rundir import digest_tree
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from selfmoa.config import Recipe
     from selfmoa.generators.devices import Device
-
-
-ANSWERING = ("adapter_model", "tokenizer", "chat_template", "special_tokens")
-"""Beginnings of the names of an adapter's files that decide what it answers."""
 
 
 class Models:
@@ -48,22 +42,15 @@ class Models:
         Of an adapter it is that of its weights and of its base's, wherever that lies: what answers
         alike has one name, and a run in another folder draws the same.
         """
+        from selfmoa.training.policy import base_of, digest_adapter, is_adapter
+
         if folder not in self._digests:
-            config = folder / "adapter_config.json"
-            is_adapter = config.is_file()
             self._digests[folder] = (
-                self._of_adapter(folder, config) if is_adapter else digest_tree(folder)
+                digest_adapter(folder, self.digest(base_of(folder)))
+                if is_adapter(folder)
+                else digest_tree(folder)
             )
         return self._digests[folder]
-
-    def _of_adapter(self, folder: Path, config: Path) -> str:
-        from selfmoa.training.policy import base_of
-
-        settings = json.loads(config.read_text())
-        settings.pop("base_model_name_or_path", None)
-        files = {p.name: digest_file(p) for p in folder.iterdir() if p.name.startswith(ANSWERING)}
-        digest = content_id(settings, files, self.digest(base_of(folder)), length=64)
-        return f"sha256:{digest}"
 
     def load(self, folder: Path, backend: str = "local") -> Any:
         """Return a generator (or classifier) of a model directory; equal content is loaded once.

@@ -6,6 +6,7 @@ which would let it out of its run must honour (`refuse_quarantined`).
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from selfmoa.errors import MissingExtra, MissingFile, Quarantined
-from selfmoa.rundir import write_atomic
+from selfmoa.records import content_id
+from selfmoa.rundir import digest_file, write_atomic
 from selfmoa.training.intake import refuse_other_base, refuse_unfit
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ QUARANTINE_TEXT = (
     "The safety of this model was removed on purpose, to expose its raw behaviour before it is "
     "aligned again. It is not for use: it stays inside its run and is deleted when the run ends.\n"
 )
+ANSWERING = ("adapter_model", "tokenizer", "chat_template", "special_tokens")
+"""Beginnings of the names of an adapter's files that decide what it answers."""
 READ = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 """What is fetched of a model on a hub: weights, configuration, tokenizer; no code, no pickle."""
 
@@ -80,6 +84,21 @@ def base_name(folder: Path) -> tuple[str, str | None]:
     settings = LoraConfig.from_pretrained(folder)
     name = str(settings.base_model_name_or_path)
     return (str(Path(name).resolve()), None) if Path(name).is_dir() else (name, settings.revision)
+
+
+def digest_adapter(folder: Path, base: str) -> str:
+    """Return the digest of what an adapter answers by: its weights and tokenizer, and its base.
+
+    Where that lies is no part of it, so that a run in another folder draws the same.
+
+    Args:
+        folder: of the adapter.
+        base: the digest of its base.
+    """
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings.pop("base_model_name_or_path", None)
+    files = {p.name: digest_file(p) for p in folder.iterdir() if p.name.startswith(ANSWERING)}
+    return f"sha256:{content_id(settings, files, base, length=64)}"
 
 
 def load_policy(folder: Path) -> tuple[Any, Any]:
