@@ -20,7 +20,6 @@ from selfmoa.training.intake import (
     MAX_TEMPLATE,
     UnfitModel,
     find_problems,
-    inspect,
     provenance,
     refuse_unfit,
 )
@@ -230,8 +229,8 @@ def test_no_way_of_loading_a_poisoned_model_runs_anything_of_it(
 def test_models_of_every_family_are_taken_in(tmp_path: Path, family: str) -> None:
     folder = write_replica(tmp_path / family, family)
     refuse_unfit(folder)
-    found = inspect(folder)
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= found.files.keys()
+    found = provenance(folder)["files"]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= found.keys()
 
 
 def test_what_no_loader_reads_is_left_alone(model: Path, tmp_path: Path) -> None:
@@ -290,7 +289,7 @@ def in_cache(model: Path, home: Path) -> Path:
     snapshot = cached / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
     (cached / "blobs").mkdir()
-    for name, digest in inspect(model).files.items():
+    for name, digest in provenance(model)["files"].items():
         blob = cached / "blobs" / digest.removeprefix("sha256:")
         shutil.copy(model / name, blob)
         (snapshot / name).symlink_to(os.path.relpath(blob, snapshot))
@@ -303,7 +302,7 @@ def test_a_hubs_cache_is_read_through_its_links(model: Path, tmp_path: Path) -> 
     found = provenance(snapshot)
     assert found["name"] == "someone/tiny"
     assert found["revision"] == COMMIT
-    assert found["files"] == inspect(model).files
+    assert found["files"] == provenance(model)["files"]
 
 
 def test_a_link_out_of_a_hubs_cache_is_refused(model: Path, tmp_path: Path) -> None:

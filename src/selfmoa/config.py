@@ -264,6 +264,10 @@ class Judges(Section):
     clip: Annotated[float, Field(gt=0, le=20)] = 4.0
     """Largest log-odds of safety and of helpfulness."""
 
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the judges that train."""
+        return (*self.safety, self.helpfulness, self.refusal)
+
 
 class JudgeModel(Section):
     """A judge of the recipe's own: a kind, the model behind it, and its settings."""
@@ -478,10 +482,17 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     gate: Gate = Gate()
 
+    def judges_used(self) -> tuple[str, ...]:
+        """Return the names of all judges, those that train first, each once."""
+        return tuple(dict.fromkeys((*self.judge.names(), *self.evaluate.judges.values())))
+
+    def attackers_used(self) -> tuple[str, ...]:
+        """Return the names of the operators and strategies of the search, each once."""
+        return tuple(dict.fromkeys((*self.red_team.attacks, *self.red_team.strategies)))
+
     @model_validator(mode="after")
     def _judges_that_train_never_grade(self) -> Self:
-        training = {*self.judge.safety, self.judge.helpfulness, self.judge.refusal}
-        if both := sorted(training & set(self.evaluate.judges.values())):
+        if both := sorted(set(self.judge.names()) & set(self.evaluate.judges.values())):
             raise ValueError(
                 f"judge '{both[0]}' both trains (judge) and grades (evaluate.judges): "
                 "a judge that trains never grades; choose another one for either"

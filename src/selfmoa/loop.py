@@ -204,8 +204,7 @@ def refuse_unworkable(recipe: Recipe, only: tuple[str, int | None] | None = None
     ):
         for name in names:
             _refuse_attacker(recipe, kind, name)
-    used = {*recipe.red_team.attacks, *recipe.red_team.strategies}
-    if both := sorted(used & set(recipe.held_out.attacks)):
+    if both := sorted(set(recipe.attackers_used()) & set(recipe.held_out.attacks)):
         raise RecipeError("held_out.attacks", f"'{both[0]}' is held out, and red_team uses it")
     if not recipe.red_team.attacks and not recipe.red_team.static:
         raise RecipeError("red_team.attacks", "it is empty; name one or set red_team.static")

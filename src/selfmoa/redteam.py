@@ -20,7 +20,7 @@ from selfmoa.attacks.files import export, read_archive, refuse_taken, whole, wri
 from selfmoa.attacks.interop import read_attacks
 from selfmoa.attacks.neighbours import text_of
 from selfmoa.attacks.taxonomy import CATEGORIES, cells
-from selfmoa.attacks.turns import hold_again, is_talk
+from selfmoa.attacks.turns import is_talk
 from selfmoa.errors import BadInput
 from selfmoa.protocols import Draw
 from selfmoa.records import derive_seed
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from selfmoa.config import Recipe
-    from selfmoa.protocols import Generator, Strategy
+    from selfmoa.protocols import Generator
     from selfmoa.records import Estimate, Prompt, Response
 
     Listen = Callable[..., None]
@@ -212,9 +212,7 @@ def replay(
     refuse_taken(out)
     everything = read_archive(archive)
     context = Context(recipe, RunDir(out, {}, recipe.seed, recipe.name, {}), listen)
-    talks = {e.prompt.id: s for e in everything if (s := _strategy(context, e.prompt))}
-    lost = [e for e in everything if is_talk(e.prompt) and e.prompt.id not in talks]
-    entries = [e for e in everything if e not in lost]
+    entries, lost = _split(context, everything)
     if not entries:
         raise BadInput(
             archive,
@@ -225,15 +223,14 @@ def replay(
     target = context.models.load(find_model(model))
     settings = recipe.red_team
     controls = [p for p, _ in context.world.instructions(settings.benign_prompts, recipe.seed)]
-    plain = [e.prompt for e in entries if e.prompt.id not in talks]
+    plain = [e.prompt for e in entries if not is_talk(e.prompt)]
+    talks = [e.prompt for e in entries if is_talk(e.prompt)]
     asked = [*controls, *(p for p in plain for _ in range(k))]
     items = list(zip(asked, _ask(context, target, asked, len(controls), k), strict=True))
     names = [p.id for p, _ in items[len(controls) :]]
-    for entry in entries:
-        if strategy := talks.get(entry.prompt.id):
-            (held,) = hold_again(strategy, target, [entry.prompt], context.sampling(REPLAY), k)
-            items += [(one.prompt, one.response) for one in held if one]
-            names += [entry.prompt.id for one in held if one]
+    for name, prompt, response in context.talk_again(target, talks, context.sampling(REPLAY), k):
+        items.append((prompt, response))
+        names.append(name)
     drawn: dict[str, list[tuple[float | None, int]]] = defaultdict(list)
     unsafe = _judge(context, items, len(controls))
     for name, p, (_, response) in zip(names, unsafe, items[len(controls) :], strict=True):
@@ -254,8 +251,16 @@ def replay(
     }
 
 
-def _strategy(context: Context, prompt: Prompt) -> Strategy | None:
-    return context.strategy_of(prompt) if is_talk(prompt) else None
+def _split(context: Context, entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
+    """Return what can be asked again, and the conversations whose strategy is not there."""
+    sources = {e.prompt.source for e in entries if is_talk(e.prompt)}
+    known = {name: s.styles for name in sources if (s := context.strategy_of(name))}
+    kept: list[Entry] = []
+    lost: list[Entry] = []
+    for entry in entries:
+        is_held = entry.prompt.style in known.get(entry.prompt.source, ())
+        (kept if is_held or not is_talk(entry.prompt) else lost).append(entry)
+    return kept, lost
 
 
 def _ask(

@@ -23,6 +23,7 @@ from selfmoa.attacks.taxonomy import PLAIN
 from selfmoa.errors import BadInput, SelfmoaError
 from selfmoa.judges.formats import Conversation, quoted
 from selfmoa.judges.generative import BATCH, as_prompt
+from selfmoa.judges.halving import by_halves
 from selfmoa.judges.refusal import reading
 from selfmoa.protocols import Draw, Sampling
 from selfmoa.records import Prompt, content_id, derive_seed
@@ -195,20 +196,19 @@ class Writer:
 
         A conversation that the model cannot take is found by halving.
         """
-        if not asked:
-            return []
-        try:
-            draws = [Draw(as_prompt(conversation), seed) for conversation, seed in asked]
-            return [r.text for r in self.model.generate(draws, self.sampling)]
-        except BadInput:
-            if len(asked) == 1:
-                return [None]
-            half = len(asked) // 2
-            return self._generate(asked[:half]) + self._generate(asked[half:])
-        except (SelfmoaError, OSError) as error:  # a time-out is one
-            if getattr(error, "is_fatal", False):
+
+        def replied(some: Sequence[tuple[Conversation, int]]) -> list[str | None]:
+            draws = [Draw(as_prompt(conversation), seed) for conversation, seed in some]
+            try:
+                return [r.text for r in self.model.generate(draws, self.sampling)]
+            except BadInput:
                 raise
-            return [None] * len(asked)
+            except (SelfmoaError, OSError) as error:  # a time-out is one
+                if getattr(error, "is_fatal", False):
+                    raise
+                return [None] * len(some)
+
+        return by_halves(replied, asked, lambda _: None)
 
 
 def _read_all(replies: Sequence[str | None], assignments: Sequence[Assignment]) -> list[Found]:

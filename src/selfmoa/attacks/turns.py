@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfmoa.attacks.drift import content_words
 from selfmoa.attacks.language import Assignment, Writer, assign
-from selfmoa.errors import BadInput
+from selfmoa.judges.halving import by_halves
 from selfmoa.judges.refusal import reading
 from selfmoa.protocols import Draw
 from selfmoa.records import Prompt, derive_seed
@@ -109,13 +109,11 @@ def converse(
 
 def answers(target: Generator, draws: Sequence[Draw], sampling: Sampling) -> list[Response | None]:
     """Return what a target answers; None to what it cannot take, which is found by halving."""
-    try:
-        return list(target.generate(draws, sampling)) if draws else []
-    except BadInput:
-        if len(draws) == 1:
-            return [None]
-        half = len(draws) // 2
-        return answers(target, draws[:half], sampling) + answers(target, draws[half:], sampling)
+
+    def ask(some: Sequence[Draw]) -> list[Response | None]:
+        return list(target.generate(some, sampling))
+
+    return by_halves(ask, draws, lambda _: None)
 
 
 def hold_again(

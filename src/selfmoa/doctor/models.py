@@ -40,21 +40,18 @@ def named(recipe: Recipe) -> list[Named]:
     """Return the models that a recipe loads on this machine, each once."""
     own = recipe.model
     found = [Named("model", own.name, own.revision, talks=True)] if own.name else []
-    for section, table in (("judges", recipe.judges), ("attackers", recipe.attackers)):
+    for section, table, used in (
+        ("judges", recipe.judges, recipe.judges_used()),
+        ("attackers", recipe.attackers, recipe.attackers_used()),
+    ):
         for name, one in table.items():
-            if one.model and not one.endpoint and name in _used(recipe):
+            if one.model and not one.endpoint and name in used:
                 talks = section == "attackers"
                 found.append(Named(f"{section}.{name}", one.model, one.revision, talks))
     first: dict[tuple[str, str | None], Named] = {}
     for one_named in found:
         first.setdefault((one_named.name, one_named.revision), one_named)
     return list(first.values())
-
-
-def _used(recipe: Recipe) -> set[str]:
-    weak, red_team = recipe.judge, recipe.red_team
-    judges = {*weak.safety, weak.helpfulness, weak.refusal, *recipe.evaluate.judges.values()}
-    return {*judges, *red_team.attacks, *red_team.strategies}
 
 
 # --- there, fit, licensed, pinned ----------------------------------------------------------------

@@ -75,12 +75,9 @@ def _prompt(text: str) -> Prompt:
 
 def judges(context: Context) -> Iterator[Finding]:
     """Put three clear cases to every judge: does it give verdicts, and not the wrong way round?"""
-    recipe = context.recipe
-    weak, grades = recipe.judge, recipe.evaluate.judges
-    names = dict.fromkeys([*weak.safety, weak.helpfulness, weak.refusal, *grades.values()])
     cases = _cases(context.world)
     items = [_item(goal, answer) for goal, answer, _ in cases]
-    for name in names:
+    for name in context.recipe.judges_used():
         check = f"judge {name}"
         try:
             judge = context.judge(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from selfmoa.errors import BadInput
 
@@ -23,12 +23,6 @@ class PromptTooLong(BadInput):
             f"prompt {prompt_id} has {tokens} tokens and may be answered with {new}, the model "
             f"reads {most} in all",
         )
-
-
-def positions(config: Any) -> int | None:
-    """Return how many tokens a model has positions for, if its config says so."""
-    most: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return most
 
 
 def refuse_long(

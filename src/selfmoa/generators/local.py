@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import groupby
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,21 +18,21 @@ from transformers import AutoConfig, GenerationConfig
 from selfmoa.errors import UnusableTokenizer
 from selfmoa.generators.decoding import MAX_ROWS, Decoding, decode
 from selfmoa.generators.devices import BYTES, Device, Weights, stored_weights
-from selfmoa.generators.limits import positions, refuse_long, refuse_long_texts
-from selfmoa.records import Response
+from selfmoa.generators.limits import refuse_long_texts
+from selfmoa.generators.rows import prompt_rows, responses, text_rows
 from selfmoa.training.estimates import weights_bytes, working_bytes
 from selfmoa.training.layouts import choose_layout
-from selfmoa.training.policy import base_of, is_adapter, load_frozen, load_tokenizer
+from selfmoa.training.policy import base_of, is_adapter, load_frozen, load_tokenizer, positions
 from selfmoa.training.reference import Scoring, score
 from selfmoa.training.tasks import ALONE
-from selfmoa.training.tokens import encode, encode_prompts, end_of_turn
+from selfmoa.training.tokens import end_of_turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from selfmoa.protocols import Draw, Sampling
-    from selfmoa.records import Message
+    from selfmoa.records import Message, Response
     from selfmoa.training.tokens import Row
 
 
@@ -83,25 +81,14 @@ class LocalGenerator:
         """Answer one batch of draws; temperature 0 is greedy."""
         if not draws:
             return []
-        conversations = [with_system(d.prompt.messages, sampling.system) for d in draws]
-        rows = encode_prompts(self.tokenizer, conversations, sampling.template)
-        refuse_long(draws, rows, sampling.max_new_tokens, self.most)
+        rows = prompt_rows(self.tokenizer, draws, sampling, self.most)
         how = Decoding(sampling.temperature, sampling.max_new_tokens, tuple(self.stops), self.pad)
         lm = self._lm_for(len(rows), max(map(len, rows)), sampling.max_new_tokens)
         answers = decode(lm, rows, [draw.seed for draw in draws], how)
         texts = self.tokenizer.batch_decode([a.ids for a in answers], skip_special_tokens=True)
-        return [
-            Response(
-                id=Response.make_id(draw.prompt.id, self.model, sampling.name, draw.seed),
-                prompt_id=draw.prompt.id,
-                text=text.strip(),
-                model=self.model,
-                sampling=sampling.name,
-                seed=draw.seed,
-                finish_reason="stop" if answer.is_ended else "length",
-            )
-            for draw, text, answer in zip(draws, texts, answers, strict=True)
-        ]
+        reasons = ["stop" if answer.is_ended else "length" for answer in answers]
+        said = [(text.strip(), why) for text, why in zip(texts, reasons, strict=True)]
+        return responses(draws, sampling, self.model, said)
 
     @torch.inference_mode()
     def logprobs(
@@ -115,9 +102,7 @@ class LocalGenerator:
         """
         if not items:
             return []
-        prompts = [messages for messages, _ in groupby(items, key=itemgetter(0))]
-        texts = [[t for _, t in group] for _, group in groupby(items, key=itemgetter(0))]
-        rows = encode(self.tokenizer, prompts, texts, end_of_turn=False, template=template)
+        rows = text_rows(self.tokenizer, items, template)
         refuse_long_texts(
             [len(row.prompt) + len(text) for row in rows for text in row.completions], self.most
         )
@@ -242,9 +227,3 @@ def end_tokens(tokenizer: Any) -> list[int]:
         if own is None:
             raise
         return [own]
-
-
-def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
-    """Return a conversation with the system prompt before it, if there is one."""
-    head = [{"role": "system", "content": system}] if system else []
-    return [*head, *messages]

@@ -14,8 +14,6 @@ import asyncio
 import math
 import threading
 from functools import partial
-from itertools import groupby
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from selfmoa.errors import EndpointError
@@ -24,7 +22,8 @@ from selfmoa.generators.endpoint.address import check, parse, resolve
 from selfmoa.generators.endpoint.failures import NoLogprobs, RequestRefused, TooLong, Unanswered
 from selfmoa.generators.endpoint.schedule import Budget, Job, Pace, Schedule
 from selfmoa.generators.endpoint.transport import Line, read_key, redacted
-from selfmoa.records import Response, canonical_json, content_id
+from selfmoa.generators.rows import grouped, responses
+from selfmoa.records import canonical_json, content_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from selfmoa.config import Endpoint
     from selfmoa.generators.endpoint.requests import Request
     from selfmoa.protocols import Draw, Sampling
-    from selfmoa.records import Message
+    from selfmoa.records import Message, Response
 
     Read = Callable[[str, dict[str, Any]], Any]
     Ask = tuple[Request, Read]
@@ -94,18 +93,8 @@ class EndpointGenerator:
             requests.answering(self.served, d.prompt.messages, sampling, d.seed) for d in draws
         ]
         answers = self._ask([(request, replies.answer) for request in asked])
-        return [
-            Response(
-                id=Response.make_id(draw.prompt.id, self.model, sampling.name, draw.seed),
-                prompt_id=draw.prompt.id,
-                text=answer.text,
-                model=self.model,
-                sampling=sampling.name,
-                seed=draw.seed,
-                finish_reason=answer.finish_reason,
-            )
-            for draw, answer in zip(draws, answers, strict=True)
-        ]
+        said = [(answer.text, answer.finish_reason) for answer in answers]
+        return responses(draws, sampling, self.model, said)
 
     def logprobs(
         self,
@@ -124,8 +113,7 @@ class EndpointGenerator:
             Unanswered: some prompts have no answer; the others are kept.
             EndpointError: as `generate`.
         """
-        prompts = [messages for messages, _ in groupby(items, key=itemgetter(0))]
-        texts = [[t for _, t in group] for _, group in groupby(items, key=itemgetter(0))]
+        prompts, texts = grouped(items)
         asked = [requests.first_token(self.served, messages, template) for messages in prompts]
         tops = self._scored([(request, replies.top_tokens) for request in asked])
         found = [

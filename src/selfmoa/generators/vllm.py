@@ -11,26 +11,23 @@ writes the same bytes.
 
 from __future__ import annotations
 
-from itertools import groupby
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from selfmoa.errors import MissingExtra, RecipeError
 from selfmoa.generators.devices import Device, Weights
-from selfmoa.generators.limits import positions, refuse_long, refuse_long_texts
-from selfmoa.generators.local import end_tokens, with_system
-from selfmoa.records import Response
-from selfmoa.training.policy import base_of, is_adapter, load_tokenizer
-from selfmoa.training.tokens import encode, encode_prompts
+from selfmoa.generators.limits import refuse_long_texts
+from selfmoa.generators.local import end_tokens
+from selfmoa.generators.rows import prompt_rows, responses, text_rows
+from selfmoa.training.policy import base_of, is_adapter, load_tokenizer, positions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from selfmoa.protocols import Draw, Sampling
-    from selfmoa.records import Message
+    from selfmoa.records import Message, Response
 
 SHARE = 0.9
 """Of the GPU's memory, what an engine takes."""
@@ -150,9 +147,7 @@ class VLLMGenerator:
             raise RecipeError(
                 "temperature", f"{sampling.temperature} is more than vLLM takes ({HOTTEST})"
             )
-        conversations = [with_system(d.prompt.messages, sampling.system) for d in draws]
-        rows = encode_prompts(self.tokenizer, conversations, sampling.template)
-        refuse_long(draws, rows, sampling.max_new_tokens, self.engine.most)
+        rows = prompt_rows(self.tokenizer, draws, sampling, self.engine.most)
         params = [
             SamplingParams(
                 n=1,
@@ -168,18 +163,8 @@ class VLLMGenerator:
         texts = self.tokenizer.batch_decode(
             [list(out.token_ids) for out in outputs], skip_special_tokens=True
         )
-        return [
-            Response(
-                id=Response.make_id(draw.prompt.id, self.model, sampling.name, draw.seed),
-                prompt_id=draw.prompt.id,
-                text=text.strip(),
-                model=self.model,
-                sampling=sampling.name,
-                seed=draw.seed,
-                finish_reason="stop" if out.finish_reason == "stop" else "length",
-            )
-            for draw, text, out in zip(draws, texts, outputs, strict=True)
-        ]
+        said = [(t.strip(), out.finish_reason) for t, out in zip(texts, outputs, strict=True)]
+        return responses(draws, sampling, self.model, said)
 
     def logprobs(
         self,
@@ -197,9 +182,7 @@ class VLLMGenerator:
 
         if not items:
             return []
-        prompts = [messages for messages, _ in groupby(items, key=itemgetter(0))]
-        texts = [[t for _, t in group] for _, group in groupby(items, key=itemgetter(0))]
-        rows = encode(self.tokenizer, prompts, texts, end_of_turn=False, template=template)
+        rows = text_rows(self.tokenizer, items, template)
         whole = [(list(row.prompt), text) for row in rows for text in row.completions]
         ids = [prompt + text for prompt, text in whole]
         most = self.engine.most

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfmoa.errors import BadInput, RecipeError, SelfmoaError, plain_reason
 from selfmoa.judges.formats import Outcome, abstain, no_such_option, weigh
+from selfmoa.judges.halving import by_halves
 from selfmoa.protocols import Draw, Sampling
 from selfmoa.records import Prompt, Verdict, content_id
 
@@ -226,20 +227,24 @@ def tried(
     A conversation that the model cannot take (`BadInput`) is found by halving, so that the others
     are still judged. Errors of the program itself are raised.
     """
-    try:
-        return ask(conversations)
-    except BadInput as error:
-        if len(conversations) > 1:
-            half = len(conversations) // 2
-            return tried(ask, conversations[:half]) + tried(ask, conversations[half:])
-        reason = f"could not be asked: {error.problem}"
-    except SelfmoaError as error:
-        if error.is_fatal:
+
+    def failed(reason: str) -> Reply:
+        return Reply(abstain(f"could not be asked: {reason}"), failed=True)
+
+    def asked(some: Sequence[Conversation]) -> list[Reply]:
+        try:
+            return ask(some)
+        except BadInput:
             raise
-        reason = f"could not be asked: {error}"
-    except OSError as error:  # a time-out is one
-        reason = f"could not be asked: {plain_reason(error)}"
-    return [Reply(abstain(reason), failed=True) for _ in conversations]
+        except SelfmoaError as error:
+            if error.is_fatal:
+                raise
+            reason = str(error)
+        except OSError as error:  # a time-out is one
+            reason = plain_reason(error)
+        return [failed(reason) for _ in some]
+
+    return by_halves(asked, conversations, lambda error: failed(error.problem))
 
 
 def worst(replies: Sequence[Reply]) -> Reply:

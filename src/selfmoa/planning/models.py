@@ -105,13 +105,12 @@ def _asked(recipe: Recipe, kind: str) -> list[tuple[str, JudgeModel | Attacker]]
     """Return the judges (or attackers) of the recipe's own that it uses and that ask a model."""
     found: list[tuple[str, JudgeModel | Attacker]] = []
     if kind == "judge":
-        weak = recipe.judge
-        used = [*weak.safety, weak.helpfulness, weak.refusal, *recipe.evaluate.judges.values()]
+        used = recipe.judges_used()
         table: dict[str, Any] = dict(recipe.judges)
     else:
-        used = [*recipe.red_team.attacks, *recipe.red_team.strategies]
+        used = recipe.attackers_used()
         table = dict(recipe.attackers)
-    for name in dict.fromkeys(used):
+    for name in used:
         if own := table.get(name):
             is_talk = kind == "attack" and own.kind in registry.names("strategy")
             factory = registry.resolve("strategy" if is_talk else kind, own.kind)

@@ -187,7 +187,7 @@ def _words(text: str) -> int:
 
 def _attackers(recipe: Recipe, calls: int, prompt: int) -> list[Work]:
     """Return what attackers write: the calls of a round fall to all operators alike."""
-    names = [*recipe.red_team.attacks, *recipe.red_team.strategies]
+    names = recipe.attackers_used()
     works = []
     for name in names:
         own = recipe.attackers.get(name)

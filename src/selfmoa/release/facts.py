@@ -180,7 +180,7 @@ def data(context: Context) -> dict[str, Any]:
     return {
         "rounds": found,
         "world": recipe.policy.world,
-        "attackers": [*recipe.red_team.attacks, *recipe.red_team.strategies],
+        "attackers": list(recipe.attackers_used()),
         "rule": recipe.pair.rule,
         "labelled_by_people": bool(recipe.judge.gold or recipe.judge.helpfulness_pairs),
     }

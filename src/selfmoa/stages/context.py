@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Protocol
 
 from selfmoa import registry
+from selfmoa.attacks.turns import hold_again
 from selfmoa.errors import MissingFile, RecipeError, RunDamaged
 from selfmoa.judges.cache import cached
 from selfmoa.protocols import Sampling
@@ -220,12 +221,9 @@ class Context:
         recipe = self.recipe
         if recipe.model.endpoint is None:
             _ = self.instruct
-        weak = recipe.judge
-        graders = recipe.evaluate.judges.values()
-        for name in (*weak.safety, weak.helpfulness, weak.refusal, *graders):
+        for name in recipe.judges_used():
             self.judge(name)
-        later = recipe.added_attacks.values()
-        for name in (*recipe.red_team.attacks, *recipe.red_team.strategies, *later):
+        for name in (*recipe.attackers_used(), *recipe.added_attacks.values()):
             self.attacker(name)
 
     def refuse_changed(self, stage: Stage, name: str, round_: int) -> None:
@@ -407,13 +405,38 @@ class Context:
         warmth = sample.temperature if temperature is None else temperature
         return Sampling(name, warmth, sample.max_new_tokens, system, template or None)
 
-    def strategy_of(self, talk: Prompt) -> Strategy | None:
-        """Return the strategy that held a conversation, or None where there is none of its name."""
-        own = self.recipe.attackers.get(talk.source)
-        if attacker_kind(own.kind if own else talk.source) != "strategy":
+    def talk_again(
+        self, target: Generator, talks: Sequence[Prompt], sampling: Sampling, k: int
+    ) -> list[tuple[str, Prompt, Response]]:
+        """Hold conversations anew, k times each, all of a strategy together.
+
+        Returns:
+            (id of the old conversation, the new one, the answer to it); nothing of those whose
+            strategy is not there.
+        """
+        found: list[tuple[str, Prompt, Response]] = []
+        for source in dict.fromkeys(talk.source for talk in talks):
+            mine = [talk for talk in talks if talk.source == source]
+            strategy = self.strategy_of(source)
+            if strategy is None:
+                continue
+            mine = [talk for talk in mine if talk.style in strategy.styles]
+            held = hold_again(strategy, target, mine, sampling, k)
+            found += [
+                (old.id, new.prompt, new.response)
+                for old, again in zip(mine, held, strict=True)
+                for new in again
+                if new
+            ]
+        return found
+
+    def strategy_of(self, name: str) -> Strategy | None:
+        """Return the strategy of this name, or None where there is none."""
+        own = self.recipe.attackers.get(name)
+        if attacker_kind(own.kind if own else name) != "strategy":
             return None
-        strategy: Strategy = self.attacker(talk.source)
-        return strategy if talk.style in strategy.styles else None
+        strategy: Strategy = self.attacker(name)
+        return strategy
 
     def generate(
         self, generator: Generator, draws: Sequence[Draw], sampling: Sampling, file: str

@@ -12,7 +12,7 @@ import numpy as np
 
 from selfmoa import metrics
 from selfmoa.attacks.archive import Archive
-from selfmoa.attacks.turns import hold_again, is_talk
+from selfmoa.attacks.turns import is_talk
 from selfmoa.protocols import Draw
 from selfmoa.rundir import read_jsonl
 from selfmoa.stages import voting
@@ -45,10 +45,7 @@ def replay(context: Context, folder: Path) -> list[dict[str, Any]]:
     sampling = context.sampling("regression")
     responses = context.generate(policy, draws, sampling, "responses-regression.jsonl")
     asked = [(r.prompt_id, prompts[r.prompt_id], r) for r in responses]
-    for talk in filter(is_talk, prompts.values()):
-        if strategy := context.strategy_of(talk):
-            (held,) = hold_again(strategy, policy, [talk], sampling, k)
-            asked += [(talk.id, one.prompt, one.response) for one in held if one]
+    asked += context.talk_again(policy, list(filter(is_talk, prompts.values())), sampling, k)
     if not asked:
         return []
     judges = [context.judge(name) for name in recipe.judge.safety]

@@ -18,7 +18,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -63,23 +62,6 @@ class UnfitModel(SelfmoaError):  # noqa: N818
         self.problems = problems
         more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
         super().__init__(f"the model '{folder}' is not loaded: {problems[0]}{more}.")
-
-
-@dataclass(frozen=True)
-class Intake:
-    """What a model folder holds: digests of the files that loaders read, and what is wrong.
-
-    Each problem is a sentence with its remedy.
-    """
-
-    files: dict[str, str]
-    problems: list[str]
-
-
-def inspect(folder: Path) -> Intake:
-    """Return digests and problems of a model folder; nothing in it is loaded or run."""
-    files = {p.name: digest_file(p) for p in _files(folder) if p.suffix in READ}
-    return Intake(files, find_problems(folder))
 
 
 def refuse_unfit(folder: Path) -> None:

@@ -125,8 +125,12 @@ def load_model(folder: Path, *, trainable: bool = False, like: config.Policy | N
 
 def longest_row(folder: Path) -> int | None:
     """Return how many tokens the model of a policy has positions for, if it says so."""
-    settings = AutoConfig.from_pretrained(base_of(folder)).get_text_config()
-    most: int | None = getattr(settings, "max_position_embeddings", None)
+    return positions(AutoConfig.from_pretrained(base_of(folder)))
+
+
+def positions(config: Any) -> int | None:
+    """Return how many tokens a model has positions for, if its config says so."""
+    most: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return most
 
 
